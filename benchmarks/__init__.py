@@ -1,0 +1,1 @@
+"""Drivers that measure explanations: faithfulness, localisation, speed. Imported as `vitexplain.benchmarks`."""

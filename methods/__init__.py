@@ -1,0 +1,1 @@
+"""One file a method; imported as `vitexplain.methods`, discovered by the registry."""

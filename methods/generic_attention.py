@@ -1,0 +1,44 @@
+"""Generic attention explainability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vitexplain.attention import RowTile
+from vitexplain.method import ResidualMethod
+from vitexplain.record import BlockRecord, Needs
+from vitexplain.registry import register_method
+
+
+@register_method(
+    "generic_attention",
+    title="Generic attention",
+    paper="Chefer, Gur & Wolf, Generic Attention-model Explainability, ICCV 2021, eq. 5-6",
+    class_specific=True,
+    passes="1F + 1B",
+    aliases=("gae", "generic_attention_explainability", "transformer_mm", "chefer_iccv21"),
+)
+@dataclass(frozen=True)
+class GenericAttention(ResidualMethod):
+    r"""Attention weighted by its own positive gradient, followed through all blocks.
+
+    .. math:: R \leftarrow R + \mathrm{E}_h[(G_l \circ A_l)^+]\,R, \qquad m = s\,R
+
+    with R = I at first, G the derivative of the target's score by the attention A, s the seed row. Scores (B, N) >= 0.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """Attention and its gradient."""
+        return replace(super().needs, attention_gradient=True)
+
+    def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
+        """`row` · E_h[(G∘A)+]."""
+        return block.propagate(row, positive_gradient_attention).mean(1)
+
+
+def positive_gradient_attention(tile: RowTile) -> Tensor:
+    """(G)+ ∘ A (B, H, T, N); the same as (G∘A)+ since attention is never negative."""
+    return tile.gradient.clamp(min=0).mul_(tile.attention)

@@ -1,0 +1,71 @@
+"""Attention rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitexplain.attention import Rows
+from vitexplain.method import ProductMethod, option
+from vitexplain.record import BlockRecord
+from vitexplain.registry import register_method
+
+_FUSE: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
+
+
+@register_method(
+    "rollout",
+    title="Attention rollout",
+    paper="Abnar & Zuidema, Quantifying Attention Flow in Transformers, ACL 2020, sec. 3",
+    class_specific=False,
+    passes="1F",
+    aliases=("attention_rollout",),
+)
+@dataclass(frozen=True)
+class Rollout(ProductMethod):
+    r"""How much of each input token reaches the head when attention is followed through all blocks.
+
+    .. math:: \hat A_l = \mathrm{rownorm}((1-\alpha)\,\mathrm{fuse}_h A_{l,h} + \alpha I), \quad
+        m = s\,\hat A_L \cdots \hat A_1
+
+    with s the seed row and α = 0.5: the same as rownorm(A + I). Scores (B, N) >= 0, sum 1 for mean fusion.
+    `head_fusion`, `discard_ratio` and `normalisation="column"` are those of the public vit-explain code, whose
+    normalisation divides each column j by the sum of row j; `"row"` makes every factor a stochastic matrix, as in
+    the paper. `discard_ratio` needs one block's fused N×N attention at a time; otherwise only row tiles are held.
+    """
+
+    head_fusion: str = option("mean", "how the heads of a block become one matrix", choices=("mean", "max", "min"))
+    discard_ratio: float = option(0.0, "share of each block's smallest fused weights set to 0", minimum=0, maximum=0.99)
+    residual: float = option(0.5, "weight of the skip connection against attention", minimum=0, maximum=0.99)
+    normalisation: str = option("row", "what is divided by the row sums", choices=("row", "column"))
+
+    def block_update(self, row: Tensor, block: BlockRecord) -> Tensor:
+        """`row` · Â of this block."""
+        fuse = _FUSE[self.head_fusion]
+        if self.discard_ratio == 0 and self.normalisation == "row":
+            if self.head_fusion == "mean":  # rows of a mean over heads sum to 1 as they are
+                product = block.propagate(row, lambda tile: tile.attention).mean(1)
+                return (1 - self.residual) * product + self.residual * row
+            return block.propagate(row, lambda tile: self._factor(fuse(tile.attention, 1), tile.rows))
+        fused = torch.cat([fuse(tile.attention, 1) for tile in block.tiles()], dim=1)
+        factor = self._factor(self._discard(fused), slice(None))
+        return (row.to(factor.dtype)[:, None] @ factor)[:, 0]
+
+    def _factor(self, fused: Tensor, rows: Rows) -> Tensor:
+        """Rows (B, T, N) of Â, from the same rows of the fused attention."""
+        columns = torch.arange(fused.shape[2], device=fused.device)[rows]
+        mixed = (1 - self.residual) * fused
+        mixed[:, torch.arange(len(columns), device=fused.device), columns] += self.residual
+        sums = mixed.sum(2)
+        return mixed / (sums[:, :, None] if self.normalisation == "row" else sums[:, None])
+
+    def _discard(self, fused: Tensor) -> Tensor:
+        flat = fused.flatten(1)
+        lowest = flat.topk(int(flat.shape[1] * self.discard_ratio), dim=1, largest=False).indices
+        kept = flat[:, :1].clone()  # CLS to CLS is never discarded
+        flat = flat.scatter(1, lowest, 0.0)
+        flat[:, :1] = kept
+        return flat.view_as(fused)

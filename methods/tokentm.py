@@ -1,0 +1,111 @@
+"""TokenTM: token transformation matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitexplain.attention import RowTile, widen
+from vitexplain.capture import Capture
+from vitexplain.method import ResidualMethod, option
+from vitexplain.record import BlockRecord, Needs, State
+from vitexplain.registry import register_method
+
+from .generic_attention import positive_gradient_attention
+
+_EPSILON = 1e-8
+
+
+@register_method(
+    "tokentm",
+    title="TokenTM",
+    paper="Wu, Duan, Kang, Tang & Yan, Token Transformation Matters, CVPR 2024, eq. 12-18",
+    class_specific=True,
+    passes="1F + 1B",
+    aliases=("token_transformation_matters",),
+)
+@dataclass(frozen=True)
+class TokenTM(ResidualMethod):
+    r"""Gradient-weighted attention in which every token also counts by how it is transformed.
+
+    A token sent from state E to state Ẽ weighs by its change of length and by how well its direction is kept:
+
+    .. math:: w_i = \frac{\lVert\tilde E_i\rVert}{\lVert E_i\rVert}\,
+        \mathrm{softmax}_i \cos(E_i, \tilde E_i)
+    .. math:: U_{MHSA} = I + \mathrm{E}_h[(G_h)^+ \circ A_h\,\mathrm{diag}(w^h)], \qquad
+        U_{FFN} = I + \mathrm{diag}(w^{FFN})
+    .. math:: m = s \prod_{l=L}^{1} U_{FFN}^l U_{MHSA}^l \;\mathrm{diag}(\lVert x^{(0)}_i\rVert)
+
+    Scores (B, N) >= 0. The paper's text leaves open which states an attention transformation compares; the three
+    readings that are in use:
+
+    * ``"value"`` (default): the block input against what the token puts into the sum in each head, its value vector
+      through the output projection; the feed-forward branch output against its input.
+    * ``"literal"``: as ``"value"``, but the linear maps W_V W_O alone, without LayerNorm and bias.
+    * ``"residual"``: block input against the residual stream after attention, and that against the block output;
+      heads are averaged before attention and gradient meet.
+    """
+
+    transformation: str = option(
+        "value", "which states of a token are compared", choices=("value", "literal", "residual")
+    )
+    necc_scale: float | str = option(
+        1.0, "sum of the direction weights over tokens; 'tokens' for N, i.e. mean 1", choices=("tokens",), minimum=0
+    )
+    length: bool = option(True, "weigh by the change of length")
+    direction: bool = option(True, "weigh by the kept direction")
+    initialisation: bool = option(True, "start from the lengths of the tokens that enter the first block")
+    feed_forward: bool = option(True, "count the transformation by the feed-forward branch")
+
+    @property
+    def needs(self) -> Needs:
+        """Attention, its gradient, and the states on both sides of both branches."""
+        states: set[State] = {"in", "mid", "out" if self.transformation == "residual" else "mlp"}
+        return Needs(attention_gradient=True, states=frozenset(states), from_block=self.start_layer)
+
+    def factor(self, block: BlockRecord) -> Tensor | float:
+        """The diagonal of U_FFN."""
+        if not self.feed_forward:
+            return 1.0
+        after = block.state("out" if self.transformation == "residual" else "mlp")
+        return 1 + self._weight(block.state("mid"), after)
+
+    def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
+        """`row` · (U_MHSA - I)."""
+        if self.transformation == "residual":
+            return block.propagate(row, _product_of_means) * self._weight(block.state("in"), block.state("mid"))
+        return (block.propagate(row, positive_gradient_attention) * self._head_weight(block)).mean(1)
+
+    def read_out(self, row: Tensor, capture: Capture) -> Tensor:
+        """`row` · C⁰."""
+        return row * capture.blocks[self.start_layer].state("in").norm(dim=2) if self.initialisation else row
+
+    def _weight(self, before: Tensor, after: Tensor) -> Tensor:
+        return self._combine(before.norm(dim=-1), after.norm(dim=-1), (before * after).sum(-1))
+
+    def _head_weight(self, block: BlockRecord) -> Tensor:
+        """Weights (B, H, N) of the transformation by each head, without a (B, H, N, D) tensor."""
+        state, output = block.state("in"), block.output_weight
+        if self.transformation == "literal":
+            values = state[:, None] @ block.value_weight
+        else:
+            values = widen(block.operands.v)
+        # ‖v W‖² = v (W Wᵀ) vᵀ and x · (v W) = (x Wᵀ) · v
+        squared = ((values @ (output @ output.transpose(1, 2))) * values).sum(-1)
+        aligned = ((state[:, None] @ output.transpose(1, 2)) * values).sum(-1)
+        return self._combine(state.norm(dim=-1)[:, None], squared.clamp(min=0).sqrt(), aligned)
+
+    def _combine(self, before: Tensor, after: Tensor, dot: Tensor) -> Tensor:
+        weight = torch.ones_like(after)
+        if self.direction:
+            scale = dot.shape[-1] if isinstance(self.necc_scale, str) else self.necc_scale
+            weight = (dot / (before * after).clamp(min=_EPSILON)).softmax(dim=-1) * scale
+        if self.length:
+            weight = weight * after / (before + _EPSILON)
+        return weight
+
+
+def _product_of_means(tile: RowTile) -> Tensor:
+    return tile.gradient.clamp(min=0).mean(1).mul_(tile.attention.mean(1))

@@ -1,0 +1,268 @@
+"""What every method must do on every family, whatever it computes: parametrised over the registry."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, make_images, make_model
+from torch import Tensor, nn
+
+from vitexplain import Capture, Explainer, create_method, get_explainer, method_info
+
+# tiny random models have targets that no patch supports; that is said, and not what is tested here
+pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+
+
+def explain(method: str, model: nn.Module, images: Tensor, target: Any = None, **options: Any) -> Tensor:
+    return get_explainer(method, model, **options)(images, target).scores
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a borrower could leave changed."""
+    return {
+        "modes": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks))
+            for m in model.modules()
+        ],
+        "forward": ["forward" in vars(module) for module in model.modules()],
+        "fused": [getattr(module, "fused_attn", None) for module in model.modules()],
+        "dtype": [parameter.dtype for parameter in model.parameters()],
+        "values": [parameter.detach().clone() for parameter in model.parameters()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+def disturb(model: nn.Module) -> None:
+    """An uneven state: some modules training, some weights frozen, some gradients there, one block unfused."""
+    model.train()
+    model.blocks[1].eval()
+    model.blocks[0].attn.fused_attn = False
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 != 0)
+        if index % 2:
+            parameter.grad = torch.full_like(parameter, 0.5)
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key, value in before.items():
+        if key in ("grad", "values"):
+            for old, new in zip(value, after[key], strict=True):
+                assert (old is None) == (new is None)
+                if old is not None:
+                    torch.testing.assert_close(old, new, rtol=0, atol=0)
+        else:
+            assert value == after[key], key
+
+
+def test_shape_and_finiteness(method: str, family: str, model: nn.Module, images: Tensor) -> None:
+    explanation = get_explainer(method, model)(images)
+    assert explanation.scores.shape == (2, *FAMILIES[family].grid)
+    assert explanation.scores.isfinite().all()
+    assert explanation.scores.flatten(1).std(dim=1).min() > 0
+    assert explanation.grid == FAMILIES[family].grid
+    assert explanation.image_size == FAMILIES[family].size
+    torch.testing.assert_close(explanation.targets, model(images).argmax(1))
+
+
+def test_logits_are_those_of_the_model(method: str, model: nn.Module, images: Tensor) -> None:
+    torch.testing.assert_close(get_explainer(method, model)(images).logits, model(images).detach())
+
+
+def test_batch_equals_loop(method: str, family: str, model: nn.Module) -> None:
+    images, target = make_images(family, batch=3), [0, 5, 2]
+    together = explain(method, model, images, target)
+    for index in range(3):
+        alone = explain(method, model, images[index : index + 1], [target[index]])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-6)
+    by_two = get_explainer(method, model)(images, target, batch_size=2)
+    torch.testing.assert_close(by_two.scores, together, rtol=1e-4, atol=1e-6)
+    assert by_two.targets.tolist() == target
+
+
+def test_several_targets_equal_several_runs(method: str, model: nn.Module, images: Tensor) -> None:
+    targets = torch.tensor([[1, 4, 6], [0, 4, 2]])
+    together = explain(method, model, images, targets)
+    assert together.shape[:2] == (2, 3)
+    for k in range(3):
+        torch.testing.assert_close(together[:, k], explain(method, model, images, targets[:, k]), rtol=1e-5, atol=1e-7)
+
+
+def test_fused_equals_eager(method: str, model: nn.Module, images: Tensor) -> None:
+    fused = explain(method, model, images, 3)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(explain(method, model, images, 3), fused, rtol=1e-4, atol=1e-6)
+
+
+def test_claim_class_specific(method: str, model: nn.Module, images: Tensor) -> None:
+    ours, theirs = explain(method, model, images, 1), explain(method, model, images, 4)
+    if method_info(method).class_specific:
+        assert (ours - theirs).abs().max() > 1e-3 * ours.abs().max()
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_claim_signed(method: str, family: str) -> None:
+    lowest = min(
+        explain(method, make_model(family), make_images(family, seed=seed), target).min().item()
+        for seed in range(3)
+        for target in (1, 4)
+    )
+    assert (lowest < 0) == method_info(method).signed
+    assert create_method(method).signed == method_info(method).signed
+
+
+def test_claim_passes(method: str, model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = {"F": 0, "B": 0}
+    gradient = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes["B"] += 1
+        return gradient(*args, **kwargs)
+
+    def forward(*_: Any) -> None:
+        passes["F"] += 1
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    handle = model.register_forward_pre_hook(forward)
+    explain(method, model, images)
+    handle.remove()
+    claimed = {part[-1]: int(part[:-1]) for part in method_info(method).passes.split(" + ")}
+    assert {name: count for name, count in passes.items() if count} == claimed
+
+
+def test_model_is_given_back_as_it_was(method: str, model: nn.Module, images: Tensor) -> None:
+    expected = explain(method, model, images, 2)
+    disturb(model)
+    before = state_of(model)
+    # training mode, dropout and frozen weights of the borrowed model do not change the answer either
+    torch.testing.assert_close(explain(method, model, images, 2), expected, rtol=1e-4, atol=1e-6)
+    assert_same_state(before, state_of(model))
+
+
+def test_model_is_given_back_after_an_exception(method: str, model: nn.Module, images: Tensor) -> None:
+    disturb(model)
+    explainer = get_explainer(method, model)
+    before = state_of(model)
+
+    def fail(*_: Any) -> None:
+        raise KeyError("deep inside the model")
+
+    handle = model.blocks[-1].mlp.register_forward_hook(fail)
+    during = state_of(model)
+    try:
+        explainer(images)
+    except KeyError:
+        # the traceback is alive here: nothing may depend on its frames being collected
+        assert sys.exc_info()[2] is not None
+        assert_same_state(during, state_of(model))
+    else:
+        pytest.fail("the model's own exception was lost")
+    handle.remove()
+    assert_same_state(before, state_of(model))
+    with pytest.raises(LookupError, match="in the target"):
+        explainer(images, _raise)
+    assert_same_state(before, state_of(model))
+    assert explainer(images, 2).scores.isfinite().all()
+
+
+def _raise(logits: Tensor) -> Tensor:
+    raise LookupError("in the target")
+
+
+def test_repeated_calls_leave_nothing_behind(method: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    explainer = get_explainer(method, model)
+
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+    explainer(images)
+    before = live_tensors()
+    for _ in range(50):
+        explainer(images)
+    assert live_tensors() <= before
+
+
+def test_bfloat16_is_near_float32(method: str, family: str, model: nn.Module, images: Tensor) -> None:
+    exact = explain(method, model, images, 1)
+    rough = explain(method, model.bfloat16(), images, 1)
+    assert rough.dtype == torch.float32
+    # random weights amplify rounding; real ones do not (see test_parity.py)
+    assert (rough - exact).norm() < 0.3 * exact.norm()
+
+
+def test_float64_stays_float64(method: str, model: nn.Module, images: Tensor) -> None:
+    exact = explain(method, model.double(), images, 1)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(explain(method, model.float(), images, 1).double(), exact, rtol=1e-3, atol=1e-5)
+
+
+def test_works_inside_inference_mode_and_no_grad(method: str, model: nn.Module, images: Tensor) -> None:
+    expected = explain(method, model, images, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(explain(method, model, images, 1), expected)
+    with torch.inference_mode():
+        inside = images * 1.0
+        torch.testing.assert_close(explain(method, model, inside, 1), expected)
+
+
+def test_constant_image_does_not_crash(method: str, family: str, model: nn.Module, images: Tensor) -> None:
+    assert explain(method, model, torch.zeros_like(images)).isfinite().all()
+
+
+def test_other_sizes_on_a_dynamic_model(method: str) -> None:
+    model = make_model("dynamic")
+    for height, width in ((32, 48), (8, 24), (72, 24)):
+        scores = explain(method, model, torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1)))
+        assert scores.shape == (1, height // 8, width // 8)
+
+
+def test_attribute_is_captum_shaped(method: str, model: nn.Module, images: Tensor) -> None:
+    explainer = get_explainer(method, model)
+    attribution = explainer.attribute(images, target=2)
+    assert attribution.shape == images.shape
+    expected = torch.nn.functional.interpolate(explainer(images, 2).scores[:, None], images.shape[-2:], mode="bilinear")
+    torch.testing.assert_close(attribution, expected.expand_as(images))
+
+
+def test_takes_part_in_a_shared_capture(method: str, model: nn.Module, images: Tensor) -> None:
+    """A method reads the same from a capture that was made for more than it asked for."""
+    from vitexplain import explain_with, list_methods
+    from vitexplain.explainer import Subject
+
+    everything = [create_method(name) for name in list_methods()]
+    alone = explain(method, model, images, 1)
+    shared = explain_with(everything, Subject.of(model), images, 1)[list_methods().index(method)]
+    torch.testing.assert_close(shared.scores, alone, rtol=1e-5, atol=1e-7)
+
+
+def test_wrapped_models_are_unwrapped(method: str, images: Tensor, model: nn.Module) -> None:
+    expected = explain(method, model, images, 1)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(explain(method, compiled, images, 1), expected)
+    torch.testing.assert_close(explain(method, nn.DataParallel(model), images, 1), expected)
+
+
+def test_explainer_repr_repeats_the_configuration(method: str) -> None:
+    explainer = get_explainer(method, make_model("cls"))
+    assert isinstance(explainer, Explainer)
+    for name, value in explainer.method.options.items():
+        assert f"{name}={value!r}" in repr(explainer)
+
+
+def test_capture_is_for_one_forward() -> None:
+    from vitexplain import CaptureError, Needs
+
+    with Capture(make_model("cls"), Needs(attention=True)) as capture:
+        capture.forward(make_images("cls"))
+        with pytest.raises(CaptureError, match="once"):
+            capture.forward(make_images("cls"))

@@ -1,0 +1,73 @@
+"""Post-hoc explanation of Vision Transformers.
+
+::
+
+    from vitexplain import get_explainer, load_model
+
+    explainer = get_explainer("tokentm", load_model("scenes"))
+    explainer("photo.jpg").save("explained.png")
+"""
+
+from . import _checkout
+
+__version__ = "0.1.0"
+
+
+from .api import get_explainer, load_model
+from .capture import Capture
+from .errors import (
+    CaptureError,
+    CheckpointError,
+    ExplanationWarning,
+    ExportError,
+    InputError,
+    NotTrainedError,
+    OptionError,
+    TargetError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VitExplainError,
+)
+from .explainer import Explainer, Subject, explain_with
+from .explanation import Explanation
+from .method import AttentionMethod, Method, ProductMethod, ResidualMethod, option
+from .models import ModelAdapter, adapt
+from .record import BlockRecord, Needs
+from .registry import MethodInfo, create_method, list_methods, method_info, register_method
+
+_checkout.link_neighbours()
+
+__all__ = [
+    "AttentionMethod",
+    "BlockRecord",
+    "Capture",
+    "CaptureError",
+    "CheckpointError",
+    "Explainer",
+    "Explanation",
+    "ExplanationWarning",
+    "ExportError",
+    "InputError",
+    "Method",
+    "MethodInfo",
+    "ModelAdapter",
+    "Needs",
+    "NotTrainedError",
+    "OptionError",
+    "ProductMethod",
+    "ResidualMethod",
+    "Subject",
+    "TargetError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "VitExplainError",
+    "adapt",
+    "create_method",
+    "explain_with",
+    "get_explainer",
+    "list_methods",
+    "load_model",
+    "method_info",
+    "option",
+    "register_method",
+]

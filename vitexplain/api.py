@@ -1,0 +1,49 @@
+"""The doors: an explainer by name, a model by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .explainer import Explainer, Subject
+from .models.adapter import ModelAdapter
+from .registry import create_method
+
+if TYPE_CHECKING:
+    from .models.loading import LoadedModel
+
+
+def get_explainer(
+    name: str, model: nn.Module | ModelAdapter | LoadedModel | Subject | str, **options: Any
+) -> Explainer:
+    """An explainer: one method, with its options, on one model.
+
+    ::
+
+        explainer = get_explainer("tokentm", model)
+        explanation = explainer(images, target=281)
+
+    Args:
+        name: a method of `list_methods()`; hyphens, capitals and usual aliases are forgiven.
+        model: a supported `torch.nn.Module`, what `load_model` returned, or a name that `load_model` takes.
+        **options: the method's options, see `method_info(name).options`.
+
+    Raises:
+        UnknownNameError: no such method, option or model.
+        OptionError: an option's value is out of its range.
+        UnsupportedModelError: the model, or the method on this model, is not supported.
+    """
+    method = create_method(name, **options)
+    if isinstance(model, str):
+        from .models.loading import load_model
+
+        model = load_model(model)
+    return Explainer(method, model if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject)
+
+
+def load_model(name: str, **options: Any) -> LoadedModel:
+    """A model with its preprocessing and labels; see `vitexplain.models.loading.load_model`."""
+    from .models import loading
+
+    return loading.load_model(name, **options)

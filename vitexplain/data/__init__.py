@@ -1,0 +1,1 @@
+"""Data sets with classes, masks and boxes."""

@@ -1,0 +1,246 @@
+"""`Explainer`: check the input, capture once, attribute, hand out an `Explanation`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture
+from .errors import CaptureError, ExplanationWarning, InputError, OptionError, TargetError
+from .explanation import Explanation
+from .method import Method
+from .models import adapt
+from .models.adapter import ModelAdapter
+from .targets import ResolvedTarget, Target, resolve_target, select_target
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .preprocessing import Preprocessing
+
+    Picture: TypeAlias = "str | os.PathLike[str] | Image"
+    Images: TypeAlias = "Tensor | Picture | Sequence[Picture]"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model under explanation and what is known about its input and output.
+
+    Attributes:
+        adapter: the borrowed model.
+        preprocessing: how pictures become its input; None where that is not known.
+        labels: class names; None where they are not known.
+    """
+
+    adapter: ModelAdapter
+    preprocessing: Preprocessing | None = None
+    labels: Sequence[str] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module | ModelAdapter | Subject) -> Subject:
+        """Wraps a model; its preprocessing is read from its configuration where it has one."""
+        if isinstance(model, Subject):
+            return model
+        from .preprocessing import Preprocessing
+
+        adapter = adapt(model)
+        known = getattr(adapter.model, "pretrained_cfg", None) is not None
+        return cls(adapter, Preprocessing.from_timm(adapter.model) if known else None)
+
+    def prepare(self, images: Images) -> Tensor:
+        """Pictures or files as the model's input (B, 3, H, W); tensors pass as they are.
+
+        Raises:
+            InputError: a file cannot be read, or pictures were given and the preprocessing is not known.
+        """
+        if isinstance(images, Tensor):
+            return images[None] if images.ndim == 3 else images
+        if self.preprocessing is None:
+            raise InputError(
+                "pictures were given, but how this model wants them is not known: pass a normalised tensor "
+                "(B, 3, H, W), or Subject(adapt(model), Preprocessing(…))"
+            )
+        from .images import load_image
+
+        pictures: Any = images if isinstance(images, list | tuple) else [images]
+        if not pictures:
+            raise InputError("found an empty list of images, expected at least one")
+        return self.preprocessing([load_image(picture) for picture in pictures])
+
+
+class Explainer:
+    """One method on one model: ``explainer(images, target)`` gives an `Explanation`.
+
+    Args:
+        method: the configured method.
+        model: a model, an adapter, or a `Subject`.
+    """
+
+    def __init__(self, method: Method, model: nn.Module | ModelAdapter | Subject) -> None:
+        self.method = method
+        self.subject = Subject.of(model)
+        for block in (method.needs.from_block, getattr(method, "layer", 0)):
+            self.subject.adapter.check_block(block)
+
+    def __repr__(self) -> str:
+        return f"Explainer({self.method!r}, {type(self.subject.adapter.model).__name__})"
+
+    def __call__(self, images: Images, target: Target = None, *, batch_size: int | None = None) -> Explanation:
+        """Explains a batch.
+
+        Args:
+            images: (B, 3, H, W) normalised tensor, or one image (3, H, W); or a file, a PIL image, or a list of
+                these, where the model's preprocessing is known.
+            target: what is explained: None (predicted class), an int, B indices, B×K indices (K maps from one
+                forward), a pair ``(a, b)`` for class a against b, or a function of the logits (B, C) → (B,).
+            batch_size: images at a time; all at once by default.
+
+        Raises:
+            VitExplainError: in one of its kinds; the model is as it was before in any case.
+        """
+        return explain_with([self.method], self.subject, images, target, batch_size=batch_size)[0]
+
+    def attribute(self, inputs: Tensor, target: Target = None) -> Tensor:
+        """The same map in the shape captum and Quantus take: upsampled to the input, repeated over its channels.
+
+        Args:
+            inputs: (B, 3, H, W), normalised.
+            target: one target an image, as for a call.
+
+        Returns:
+            (B, 3, H, W) raw scores, bilinear between patch centres.
+
+        Raises:
+            TargetError: several targets an image.
+        """
+        from .render import upsample
+
+        scores = self(inputs, target).scores
+        if scores.ndim != 3:
+            raise TargetError(f"found {scores.shape[1]} targets an image, expected one: attribute gives one map")
+        return upsample(scores, (inputs.shape[-2], inputs.shape[-1]), "bilinear")[:, None].expand_as(inputs)
+
+
+def explain_with(
+    methods: Sequence[Method],
+    subject: Subject,
+    images: Images,
+    target: Target = None,
+    *,
+    batch_size: int | None = None,
+) -> list[Explanation]:
+    """Several methods on the same images: one capture serves them all.
+
+    One forward a batch and one backward a target, whatever the number of methods. Arguments and errors as for
+    `Explainer.__call__`.
+
+    Returns:
+        One explanation a method, in their order.
+    """
+    inputs = subject.prepare(images)
+    if batch_size is not None and batch_size < 1:
+        raise OptionError(f"found batch_size={batch_size}, expected a whole number >= 1 or None")
+    step = batch_size or max(len(inputs), 1)
+    if len(inputs) <= step:
+        return _explain_batch(methods, subject, inputs, target)
+    parts = []
+    for start in range(0, len(inputs), step):
+        rows = slice(start, start + step)
+        parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows)))
+    return [Explanation.concatenate(list(of_method)) for of_method in zip(*parts, strict=True)]
+
+
+def _explain_batch(methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target) -> list[Explanation]:
+    check_block = subject.adapter.check_block
+    needs = reduce(or_, (replace(each.needs, from_block=check_block(each.needs.from_block)) for each in methods))
+    scores: list[list[Tensor]] = [[] for _ in methods]
+    shares: list[list[Tensor]] = [[] for _ in methods]
+    with Capture(subject.adapter, needs) as capture:
+        logits = capture.forward(inputs)
+        resolved = resolve_target(target, logits)
+        for index in range(resolved.count):
+            score = resolved.score(logits, index)
+            if needs.gradient:
+                capture.backward(score.sum(), retain_graph=index + 1 < resolved.count)
+            for method, maps, prefix in zip(methods, scores, shares, strict=True):
+                if maps and not method.info.class_specific:
+                    map_, share = maps[0], prefix[0]
+                else:
+                    with torch.no_grad():
+                        map_, share = _on_grid(method, method.attribute(capture), capture)
+                maps.append(map_)
+                prefix.append(share)
+        return [
+            _explanation(method, subject, capture, resolved, torch.stack(maps, 1), torch.stack(prefix, 1))
+            for method, maps, prefix in zip(methods, scores, shares, strict=True)
+        ]
+
+
+def _on_grid(method: Method, relevance: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
+    """Patch scores (B, h, w), and the share (B,) of absolute relevance that the prefix tokens took."""
+    batch, (h, w) = len(capture.images), capture.grid
+    share = relevance.new_zeros(batch)
+    if relevance.shape == (batch, capture.num_tokens):
+        count = capture.adapter.num_prefix_tokens
+        magnitude = relevance.abs()
+        share = magnitude[:, :count].sum(1) / magnitude.sum(1).clamp(min=torch.finfo(relevance.dtype).tiny)
+        relevance = relevance[:, count:].reshape(batch, h, w)
+    if relevance.shape != (batch, h, w):
+        raise CaptureError(
+            f"{method.info.name} returned scores of shape {tuple(relevance.shape)}, expected ({batch}, "
+            f"{capture.num_tokens}) tokens or ({batch}, {h}, {w}) patches"
+        )
+    return relevance, share
+
+
+def _explanation(
+    method: Method, subject: Subject, capture: Capture, target: ResolvedTarget, scores: Tensor, shares: Tensor
+) -> Explanation:
+    flat = scores.flatten(2)
+    constant = flat.amax(2) == flat.amin(2)
+    if not flat.isfinite().all():
+        broken = _images(~flat.isfinite().all(2))
+        _warn(
+            f"{method.info.name} gave NaN or infinite scores for images {broken}: check the weights and the precision"
+        )
+    elif constant.any() and flat.shape[2] > 1:
+        cause = (
+            "nothing in the patches speaks for the target: its gradient is zero, or all evidence is negative and clipped"
+            if method.needs.gradient
+            else "attention does not tell the patches apart"
+        )
+        _warn(f"{method.info.name} gave a constant map for images {_images(constant)}: {cause}")
+    if target.single:
+        scores, shares, constant = scores[:, 0], shares[:, 0], constant[:, 0]
+    options: dict[str, Any] = method.options
+    return Explanation(
+        scores=scores,
+        targets=target.explained_classes(),
+        logits=capture.logits,
+        method=method.info.name,
+        options=options,
+        grid=capture.grid,
+        image_size=(capture.images.shape[-2], capture.images.shape[-1]),
+        signed=method.signed,
+        diagnostics={"prefix_share": shares, "constant": constant},
+        preprocessing=subject.preprocessing,
+        labels=subject.labels,
+        inputs=capture.images,
+    )
+
+
+def _images(found: Tensor) -> list[int]:
+    """Which images of the batch have a True in (B, K)."""
+    return [index for index, row in enumerate(found.tolist()) if any(row)]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, ExplanationWarning, stacklevel=5)

@@ -1,0 +1,222 @@
+"""`Explanation`: the scores of one method on a batch of images, and the views of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """Scores on the patch grid are the data; heatmaps and overlays are views of it.
+
+    Attributes:
+        scores: raw relevance of each patch, float32 or wider: (B, h, w) for one target an image, (B, K, h, w)
+            for K. Not normalised; higher is more relevant; negative only if `signed`.
+        targets: classes explained, (B,) or (B, K) int64; None where the target was a function of the logits.
+        logits: the model's output (B, C).
+        method: registry name.
+        options: the method's options and values.
+        grid: patch grid (h, w).
+        image_size: pixels (H, W) of the model's input.
+        signed: scores below zero are evidence against the target.
+        diagnostics: figures about each map, of shape (B,) or (B, K): ``prefix_share``, the share of absolute
+            relevance on prefix tokens (CLS, registers), which no heatmap shows; ``constant``, whether the map is flat.
+        preprocessing: how pictures became the model's input, where known.
+        labels: class names, where known.
+    """
+
+    scores: Tensor
+    targets: Tensor | None
+    logits: Tensor
+    method: str
+    options: Mapping[str, Any]
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    signed: bool = False
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    labels: Sequence[str] | None = None
+    inputs: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Explanation({self.method}, scores {tuple(self.scores.shape)}, targets {self._targets_text()})"
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, rows: int | slice) -> Explanation:
+        """The explanation of some images; an int gives a batch of one."""
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"found image {rows}, expected {-len(self)} to {len(self) - 1}")
+            rows = slice(rows % len(self), rows % len(self) + 1)
+        return replace(
+            self,
+            scores=self.scores[rows],
+            targets=None if self.targets is None else self.targets[rows],
+            logits=self.logits[rows],
+            diagnostics={name: value[rows] for name, value in self.diagnostics.items()},
+            inputs=None if self.inputs is None else self.inputs[rows],
+        )
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits at the targets, in [0, 1], of the targets' shape; (B,) of the arg-max without."""
+        probabilities = self.logits.float().softmax(dim=1)
+        targets = probabilities.argmax(dim=1) if self.targets is None else self.targets
+        chosen = probabilities.gather(1, targets.reshape(len(probabilities), -1))
+        return chosen.reshape(targets.shape)
+
+    def target_names(self) -> list[list[str]]:
+        """B lists of K names: the label where known, else the class index; ``"function"`` for a callable."""
+        if self.targets is None:
+            return [["function"] for _ in range(len(self))]
+        rows = self.targets.reshape(len(self), -1).tolist()
+        return [[self.labels[each] if self.labels else f"class {each}" for each in row] for row in rows]
+
+    def heatmap(
+        self,
+        size: tuple[int, int] | None = None,
+        *,
+        mode: Literal["bilinear", "bicubic", "nearest"] = "bilinear",
+        scale: Literal["map", "shared"] | tuple[float, float] = "map",
+    ) -> Tensor:
+        """Scores upsampled to pixels and normalised to [0, 1]; zero is at 0.5 for signed methods.
+
+        Args:
+            size: pixels (H, W); the model's input size by default.
+            mode: ``"bilinear"``, ``"bicubic"``, or ``"nearest"`` for the honest patch grid.
+            scale: ``"map"``, each map by its own range; ``"shared"``, one range for all; or ``(low, high)``.
+
+        Returns:
+            (B, H, W) or (B, K, H, W), float32.
+        """
+        from . import render
+
+        maps = render.upsample(self.scores.float(), size or self.image_size, mode)
+        return render.normalise(maps, signed=self.signed, scale=scale)
+
+    def pictures(self) -> np.ndarray:
+        """The model's input as pictures, uint8 (B, H, W, 3) RGB.
+
+        Raises:
+            InputError: the input was a tensor and how it was normalised is not known.
+        """
+        if self.preprocessing is None or self.inputs is None:
+            raise InputError(
+                "how the images were normalised is not known, so they cannot be shown: pass pictures=… "
+                "(uint8 (B, H, W, 3)), or explain files, PIL images, or a model from load_model"
+            )
+        return self.preprocessing.picture(self.inputs.float().cpu())
+
+    def overlay(self, pictures: np.ndarray | None = None, **style: Any) -> np.ndarray:
+        """Heatmaps over the pictures.
+
+        Args:
+            pictures: uint8 (B, H, W, 3) RGB; by default the model's own input.
+            **style: `colormap`, `alpha`, `mode` of `render.overlay`.
+
+        Returns:
+            uint8 (B, H, W, 3), or (B, K, H, W, 3) for K targets.
+        """
+        from . import render
+
+        pictures = self.pictures() if pictures is None else pictures
+        heatmaps = self.heatmap((pictures.shape[1], pictures.shape[2])).cpu()
+        if heatmaps.ndim == 3:
+            return render.overlay(pictures, heatmaps, signed=self.signed, **style)
+        maps = [render.overlay(pictures, heatmaps[:, k], signed=self.signed, **style) for k in range(heatmaps.shape[1])]
+        return np.stack(maps, axis=1)
+
+    def panel(self, pictures: np.ndarray | None = None, **style: Any) -> Image:
+        """One picture of everything: a row an image, the input beside the overlay of each target."""
+        from .panels import Cell, panel
+
+        pictures = self.pictures() if pictures is None else pictures
+        overlays = self.overlay(pictures, **style)
+        overlays = overlays[:, None] if self.scores.ndim == 3 else overlays
+        probabilities = self.probabilities.reshape(len(self), -1).tolist()
+        rows = []
+        for image, name_row, probability_row, picture in zip(
+            overlays, self.target_names(), probabilities, pictures, strict=True
+        ):
+            captions = [
+                f"{name.split(',')[0]} {probability:.0%}"
+                for name, probability in zip(name_row, probability_row, strict=True)
+            ]
+            rows.append([Cell(picture), *(Cell(each, caption) for each, caption in zip(image, captions, strict=True))])
+        return panel(rows, title=self.method)
+
+    def show(self) -> None:
+        """Shows `panel` in the notebook, or in the system's image viewer."""
+        image = self.panel()
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+        except ImportError:
+            image.show()
+            return
+        if get_ipython() is None:
+            image.show()
+        else:
+            display(image)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the explanation; the suffix says what: ``.png`` the panel, ``.npy`` the raw scores, ``.npz`` all.
+
+        Raises:
+            InputError: another suffix, or a picture where the pictures are not known.
+            ExportError: the file cannot be written.
+        """
+        from .files import save_arrays, save_scores
+        from .render import save_png
+
+        path = Path(path)
+        if path.suffix == ".png":
+            save_png(self.panel(), path)
+        elif path.suffix == ".npy":
+            save_scores(self.scores, path)
+        elif path.suffix == ".npz":
+            arrays = {"scores": self.scores, "logits": self.logits, **self.diagnostics}
+            save_arrays(arrays if self.targets is None else {**arrays, "targets": self.targets}, path)
+        else:
+            raise InputError(f"found suffix {path.suffix!r} in {path}, expected .png, .npy or .npz")
+        return path
+
+    @staticmethod
+    def concatenate(parts: Sequence[Explanation]) -> Explanation:
+        """One explanation of several batches, made by the same method with the same options."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+
+        def join(tensors: list[Tensor | None]) -> Tensor | None:
+            present = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(present) if len(present) == len(tensors) else None
+
+        return replace(
+            first,
+            scores=torch.cat([part.scores for part in parts]),
+            targets=join([part.targets for part in parts]),
+            logits=torch.cat([part.logits for part in parts]),
+            diagnostics={name: torch.cat([part.diagnostics[name] for part in parts]) for name in first.diagnostics},
+            inputs=join([part.inputs for part in parts]),
+        )
+
+    def _targets_text(self) -> str:
+        return "a function" if self.targets is None else str(self.targets.tolist())

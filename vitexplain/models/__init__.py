@@ -1,0 +1,51 @@
+"""Model families: one adapter each, chosen by inspecting the module."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .adapter import BlockModules, ModelAdapter
+
+__all__ = ["BlockModules", "ModelAdapter", "adapt", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and `DataParallel` wrappers, which hide hooks and attention."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
+    """Finds the adapter for a model by looking at what it is.
+
+    Args:
+        model: a supported model, possibly compiled or wrapped; or an adapter, returned as it is.
+
+    Raises:
+        UnsupportedModelError: no adapter fits, or what was passed is no model.
+    """
+    if isinstance(model, ModelAdapter):
+        return model
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"found a {type(model).__name__}, expected a torch.nn.Module (vitexplain.load_model makes one from a name)"
+        )
+    module = unwrap(model)
+    # a model of timm cannot exist before timm is imported, so the import costs nobody anything
+    if "timm" in sys.modules:
+        from .timm_vit import TimmViTAdapter, is_timm_vit
+
+        if is_timm_vit(module):
+            return TimmViTAdapter(module)
+    raise UnsupportedModelError(
+        f"no adapter for {type(module).__module__}.{type(module).__name__}; supported: timm's VisionTransformer "
+        "(ViT, DeiT, registers, mean pooling). For another family, write a vitexplain.ModelAdapter and pass it"
+    )

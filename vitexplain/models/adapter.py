@@ -1,0 +1,123 @@
+"""The seam between a method and a model family: `ModelAdapter`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class BlockModules:
+    """Where one transformer block is tapped. None: the block has no such module, so no such token state.
+
+    Attributes:
+        block: its input is state ``in``, its output state ``out``.
+        attention: scaled dot-product attention is called inside it, once.
+        attention_input: its output is state ``attention_input``.
+        mid: its input is state ``mid``.
+        mlp: its output is state ``mlp``.
+    """
+
+    block: nn.Module
+    attention: nn.Module
+    attention_input: nn.Module | None = None
+    mid: nn.Module | None = None
+    mlp: nn.Module | None = None
+
+
+class ModelAdapter(ABC):
+    """One view of every supported model: its blocks, its tokens, its patch grid and its pooling.
+
+    A family is supported by one subclass; `vitexplain.models.adapt` chooses it by inspecting the module. An
+    instance may be passed wherever a model is expected.
+
+    Attributes:
+        model: the borrowed model, called as ``model(images) -> logits (B, C)``.
+        blocks: where each block is tapped, in forward order.
+        num_prefix_tokens: tokens before the patch tokens (CLS, DIST, registers).
+    """
+
+    model: nn.Module
+    blocks: tuple[BlockModules, ...]
+    num_prefix_tokens: int
+
+    @abstractmethod
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch grid (h, w) for images of (H, W) pixels.
+
+        Raises:
+            InputError: the model does not take images of this size.
+        """
+
+    @abstractmethod
+    def seed(self, num_tokens: int) -> Tensor:
+        """The seed row (N,), float32, sum 1: how much of each final token the head reads.
+
+        Raises:
+            UnsupportedModelError: the head's pooling is no fixed weighting of tokens.
+        """
+
+    @abstractmethod
+    def output_weight(self, block: int) -> Tensor:
+        """(H, dh, D): each head's slice of the output projection, LayerScale folded in.
+
+        Raises:
+            UnsupportedModelError: the head outputs do not enter the residual stream linearly.
+        """
+
+    @abstractmethod
+    def value_weight(self, block: int) -> Tensor:
+        """(H, D, dh): the linear map from the attention input to each head's values, without bias.
+
+        Raises:
+            UnsupportedModelError: the values are not such a map.
+        """
+
+    @property
+    @abstractmethod
+    def num_channels(self) -> int:
+        """Channels of an input image."""
+
+    def fused_switches(self) -> list[nn.Module]:
+        """Attention modules with a `fused_attn` switch."""
+        return [taps.attention for taps in self.blocks if hasattr(taps.attention, "fused_attn")]
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """Images as the model takes them: (B, channels, H, W), on its device, in its precision.
+
+        Args:
+            images: (B, channels, H, W) or one image (channels, H, W); floating point, normalised.
+
+        Raises:
+            InputError: other shapes or dtypes, an empty batch, NaN or infinite values, a size the model refuses.
+        """
+        if images.ndim == 3:
+            images = images[None]
+        expected = f"a float tensor (B, {self.num_channels}, H, W)"
+        if images.ndim != 4 or images.shape[1] != self.num_channels or not images.numel():
+            raise InputError(f"found a tensor of shape {tuple(images.shape)}, expected {expected}")
+        if not images.is_floating_point():
+            raise InputError(
+                f"found a tensor of {images.dtype}, expected {expected}, normalised as the model was trained: "
+                "pass files or PIL images to have that done, or use vitexplain.preprocessing.Preprocessing"
+            )
+        if not images.isfinite().all():
+            raise InputError("the images hold NaN or infinite values; expected finite numbers")
+        self.grid((images.shape[-2], images.shape[-1]))
+        reference = next(self.model.parameters(), images)
+        return images.detach().to(device=reference.device, dtype=reference.dtype)
+
+    def check_block(self, index: int) -> int:
+        """The block index as a number from 0 to L-1; negative ones count from the end.
+
+        Raises:
+            UnsupportedModelError: the model has no such block.
+        """
+        count = len(self.blocks)
+        if not -count <= index < count:
+            raise UnsupportedModelError(f"found block index {index}, expected {-count} to {count - 1} for this model")
+        return index % count

@@ -1,0 +1,238 @@
+"""From a picture to the numbers a model was trained on, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor, nn
+
+from vitexplain.errors import InputError, OptionError, UnsupportedModelError
+from vitexplain.images import MAX_PIXELS, ImageSource, load_image
+
+__all__ = ["CROP_MODES", "INTERPOLATIONS", "Preprocessing"]
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Names of the ways to resize."""
+
+CROP_MODES = ("center", "squash", "border")
+"""Names of the ways to bring a picture into the model's shape."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become model inputs: resize, crop, scale to [0, 1], normalise.
+
+    With ``scaled = floor(size / crop_fraction)``, the crop modes are
+
+    - ``"center"``: resize until `scaled` is just covered, cut out the centre; the aspect ratio stays;
+    - ``"squash"``: resize to `scaled` whatever the aspect ratio, cut out the centre;
+    - ``"border"``: resize until the picture just fits into `scaled`, pad with the mean colour or cut to `size`.
+
+    The result equals timm's evaluation transform of the same settings, pixel for pixel.
+
+    Attributes:
+        size: height and width of the input in pixels.
+        mean: mean of each of the three channels, on the scale [0, 1].
+        std: standard deviation of each channel, above 0.
+        interpolation: one of `INTERPOLATIONS`.
+        crop_fraction: part of the resized picture that the crop keeps, in (0, 1].
+        crop_mode: one of `CROP_MODES`.
+
+    Raises:
+        OptionError: a value is outside what is said above.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_fraction: float = 0.9
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        for name in ("size", "mean", "std"):  # lists come from JSON
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        _check_choice("crop_mode", self.crop_mode, CROP_MODES)
+        if not _numbers(self.size, 2) or not all(isinstance(side, int) and side > 0 for side in self.size):
+            raise OptionError(f"size is {self.size!r}, expected (height, width) in whole pixels, such as (224, 224).")
+        if not _numbers(self.mean, 3):
+            raise OptionError(f"mean is {self.mean!r}, expected three numbers in [0, 1] (red, green, blue).")
+        if not _numbers(self.std, 3) or min(self.std) <= 0:
+            raise OptionError(f"std is {self.std!r}, expected three numbers above 0 (red, green, blue).")
+        if not _numbers((self.crop_fraction,), 1) or not 0 < self.crop_fraction <= 1:
+            raise OptionError(f"crop_fraction is {self.crop_fraction!r}, expected a number above 0 and at most 1.")
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> Preprocessing:
+        """Reads off how a timm model wants its inputs.
+
+        Where the model was built for another input size than its pretrained weights, the model's own size counts.
+
+        Args:
+            model: a model made by ``timm.create_model``; any module falls back on timm's defaults (224 pixels, bicubic,
+                ImageNet mean and deviation).
+
+        Raises:
+            UnsupportedModelError: the model takes other than three channels.
+        """
+        from timm.data import config as data_config
+
+        resolve: Any = data_config.resolve_model_data_config
+        config = resolve(model)
+        channels, height, width = config["input_size"]
+        patch_embed = getattr(model, "patch_embed", None)
+        built_for = getattr(patch_embed, "img_size", None)
+        if isinstance(built_for, (tuple, list)) and len(built_for) == 2:
+            height, width = built_for
+        taken = getattr(getattr(patch_embed, "proj", None), "in_channels", channels)
+        if taken != 3 or len(config["mean"]) != 3:
+            raise UnsupportedModelError(
+                f"the model takes {taken} channels, expected 3 (red, green, blue). Prepare its inputs yourself and "
+                f"pass tensors."
+            )
+        return cls(
+            size=(int(height), int(width)),
+            mean=tuple(float(value) for value in config["mean"]),
+            std=tuple(float(value) for value in config["std"]),
+            interpolation=config["interpolation"],
+            crop_fraction=float(config["crop_pct"]),
+            crop_mode=config["crop_mode"],
+        )
+
+    def replace(self, **overrides: Any) -> Preprocessing:
+        """Returns a copy with some settings changed.
+
+        Raises:
+            OptionError: an unknown setting or a bad value.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in overrides:
+            _check_choice("the setting", name, known)
+        return dataclasses.replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain JSON types; ``Preprocessing(**settings)`` reads them back."""
+        settings = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+    def view(self, image: ImageSource) -> Image.Image:
+        """Returns what the model sees of a picture, before normalisation.
+
+        Args:
+            image: a Pillow image, or anything else that `load_image` reads.
+
+        Returns:
+            An RGB image of `size`.
+
+        Raises:
+            InputError: the picture cannot be read.
+        """
+        in_memory = isinstance(image, Image.Image) and not isinstance(image, ImageFile.ImageFile)
+        picture = load_image(image, max_pixels=None if in_memory else MAX_PIXELS)
+        width, height = picture.size
+        scaled_height, scaled_width = (math.floor(side / self.crop_fraction) for side in self.size)
+        if self.crop_mode == "squash":
+            new_height, new_width = scaled_height, scaled_width
+        elif self.crop_mode == "center" and scaled_height == scaled_width:
+            # timm rounds down for square inputs and to nearest for all others
+            shorter = min(width, height)
+            new_height, new_width = (int(scaled_height * side / shorter) for side in (height, width))
+        else:
+            ratios = height / scaled_height, width / scaled_width
+            ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+            new_height, new_width = (max(1, round(side / ratio)) for side in (height, width))
+        return self._resize_and_crop(picture, new_height, new_width)
+
+    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """Prepares one picture or a list of them for the model.
+
+        Args:
+            images: a Pillow image or anything else that `load_image` reads, or a list or tuple of those.
+
+        Returns:
+            float32, (3, h, w) for one picture and (B, 3, h, w) for a list.
+
+        Raises:
+            InputError: a picture cannot be read, or the list is empty.
+        """
+        if isinstance(images, (list, tuple)):
+            if not images:
+                raise InputError("found an empty list of images, expected at least one.")
+            return self._normalised(np.stack([np.asarray(self.view(image)) for image in images]))
+        return self._normalised(np.asarray(self.view(cast("ImageSource", images))))
+
+    def picture(self, inputs: Tensor) -> npt.NDArray[np.uint8]:
+        """Undoes the normalisation, for looking at what went into the model.
+
+        Args:
+            inputs: (B, 3, h, w), any floating type and device.
+
+        Returns:
+            uint8 RGB (B, h, w, 3), rounded and clamped.
+
+        Raises:
+            InputError: the tensor has another shape.
+        """
+        if inputs.ndim != 4 or inputs.shape[1] != 3:
+            raise InputError(f"found inputs of shape {tuple(inputs.shape)}, expected (B, 3, h, w).")
+        values = inputs.detach().to(torch.float32)
+        mean, std = (values.new_tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
+        pixels = torch.nan_to_num((values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        picture: npt.NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return picture
+
+    def _resize_and_crop(self, picture: Image.Image, new_height: int, new_width: int) -> Image.Image:
+        height, width = self.size
+        top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+        how = INTERPOLATIONS[self.interpolation]
+        if new_height * new_width > MAX_PIXELS:  # a sliver of a picture: make only the part that is kept
+            down, across = picture.height / new_height, picture.width / new_width
+            right, bottom = min((left + width) * across, picture.width), min((top + height) * down, picture.height)
+            box = (left * across, top * down, right, bottom)
+            return picture.resize((width, height), how, box=box)
+        resized = picture.resize((new_width, new_height), how)
+        if new_height >= height and new_width >= width:
+            return resized.crop((left, top, left + width, top + height))
+        black_or_mean = self.mean if self.crop_mode == "border" else (0.0, 0.0, 0.0)
+        red, green, blue = (round(255 * value) for value in black_or_mean)
+        canvas = Image.new("RGB", (max(width, new_width), max(height, new_height)), (red, green, blue))
+        canvas.paste(resized, (max(0, width - new_width) // 2, max(0, height - new_height) // 2))
+        top, left = round((canvas.height - height) / 2), round((canvas.width - width) / 2)
+        return canvas.crop((left, top, left + width, top + height))
+
+    def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+        channels_first = np.moveaxis(pixels, -1, -3)
+        values = torch.from_numpy(np.array(channels_first, order="C")).to(torch.float32).div_(255)
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
+        return values.sub_(mean).div_(std)
+
+
+def _check_choice(what: str, value: object, possible: Sequence[str] | dict[str, Any]) -> None:
+    if value not in possible:
+        raise OptionError(f"{what} is {value!r}, expected one of {', '.join(possible)}.")
+
+
+def _numbers(values: object, count: int) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    )

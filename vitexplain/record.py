@@ -1,0 +1,137 @@
+"""What methods ask of a capture, and what they get: `Needs` and one `BlockRecord` a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from .attention import AttentionOperands, RowTile, propagate, row_tiles, widen
+from .errors import CaptureError
+from .models.adapter import ModelAdapter
+
+State = Literal["in", "attention_input", "mid", "mlp", "out"]
+"""A token state of one block, (B, N, D): ``in`` entering the block; ``attention_input`` after the first norm;
+``mid`` after attention and residual; ``mlp`` what the feed-forward branch adds; ``out`` leaving the block."""
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the capture; the union of several is ``a | b``.
+
+    Attributes:
+        attention: q, k, v of each block.
+        attention_gradient: the gradient at each attention output; brings `attention` with it.
+        states: token states to keep.
+        state_gradients: token states whose gradient is kept; brings the state itself with it.
+        from_block: first block needed, zero-based; nothing is recorded below it, and the graph starts here.
+    """
+
+    attention: bool = False
+    attention_gradient: bool = False
+    states: frozenset[State] = frozenset()
+    state_gradients: frozenset[State] = frozenset()
+    from_block: int = 0
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            attention=self.attention or other.attention,
+            attention_gradient=self.attention_gradient or other.attention_gradient,
+            states=self.states | other.states,
+            state_gradients=self.state_gradients | other.state_gradients,
+            from_block=min(self.from_block, other.from_block),
+        )
+
+    @property
+    def any_attention(self) -> bool:
+        """Whether attention is recorded at all."""
+        return self.attention or self.attention_gradient
+
+    @property
+    def gradient(self) -> bool:
+        """Whether a backward pass is needed."""
+        return self.attention_gradient or bool(self.state_gradients)
+
+
+@dataclass(eq=False)
+class BlockRecord:
+    """What was captured of one block. Attention and its gradient are computed on demand, whole or in row tiles.
+
+    Whatever the model's precision, what is read here is float32 or wider, except q, k and v themselves.
+
+    Attributes:
+        index: zero-based position of the block.
+        adapter: the adapter of the borrowed model.
+    """
+
+    index: int
+    adapter: ModelAdapter = field(repr=False)
+    _operands: AttentionOperands | None = field(default=None, repr=False)
+    _output_gradient: Tensor | None = field(default=None, repr=False)
+    _states: dict[State, Tensor] = field(default_factory=dict, repr=False)
+    _state_gradients: dict[State, Tensor] = field(default_factory=dict, repr=False)
+
+    def state(self, kind: State) -> Tensor:
+        """Token state (B, N, D) of this block.
+
+        Raises:
+            CaptureError: it was not asked for in `Needs`.
+        """
+        return widen(self._present(self._states.get(kind), f"token state {kind!r}", f"states={{{kind!r}}}"))
+
+    def state_gradient(self, kind: State) -> Tensor:
+        """Gradient of the explained score at a token state (B, N, D).
+
+        Raises:
+            CaptureError: it was not asked for in `Needs`, or there was no backward pass yet.
+        """
+        what = f"the gradient of token state {kind!r}"
+        return widen(self._present(self._state_gradients.get(kind), what, f"state_gradients={{{kind!r}}}"))
+
+    @property
+    def operands(self) -> AttentionOperands:
+        """q, k, v (B, H, N, dh), scale and bias of the attention."""
+        return self._present(self._operands, "attention", "attention=True")
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """dy/dO (B, H, N, dh), O being the attention output before the output projection."""
+        return self._present(self._output_gradient, "the gradient of attention", "attention_gradient=True")
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(H, dh, D): what each head's output is multiplied with before it joins the residual stream."""
+        return widen(self.adapter.output_weight(self.index))
+
+    @property
+    def value_weight(self) -> Tensor:
+        """(H, D, dh): the linear map from the attention input to each head's values, bias left out."""
+        return widen(self.adapter.value_weight(self.index))
+
+    def attention(self) -> Tensor:
+        """Attention probabilities, whole (B, H, N, N)."""
+        return self.operands.probabilities()
+
+    def attention_gradient(self) -> Tensor:
+        """Derivative of the explained score by the attention probabilities, whole (B, H, N, N)."""
+        return self.operands.gradient(self.output_gradient)
+
+    def tiles(self) -> Iterator[RowTile]:
+        """All query rows in order, as tiles of attention and its gradient."""
+        return (RowTile(self.operands, self._output_gradient, rows) for rows in row_tiles(self.operands))
+
+    def propagate(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
+        """`row` (B, N) times the matrix that `weigh` makes of this block's attention; see `attention.propagate`."""
+        return propagate(row, self.operands, weigh, output_gradient=self._output_gradient)
+
+    def _present(self, value: _Value | None, what: str, need: str) -> _Value:
+        if value is None:
+            raise CaptureError(
+                f"block {self.index} holds no record of {what}: ask for it with Needs({need}), "
+                "from this block or an earlier one, and run Capture.backward first where it is a gradient"
+            )
+        return value

@@ -1,0 +1,135 @@
+"""Targets: which output of the model is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import TargetError
+
+ScoreFunction: TypeAlias = Callable[[Tensor], Tensor]
+"""Maps logits (B, C) to one score an image (B,)."""
+
+Target: TypeAlias = (
+    "int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor | ScoreFunction | tuple[object, object] | None"
+)
+"""What a user may pass: None (arg-max class); an int; a list or (B,) tensor, one class an image; a (B, K) tensor
+or nested list, K classes an image; a callable; a pair ``(a, b)``, class a against class b (each an int or (B,))."""
+
+FORMS = (
+    "None (the predicted class), a class index, B indices (one an image), B×K indices, a pair (a, b) for a against b, "
+    "or a function of the logits (B, C) that returns B scores"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedTarget:
+    """Targets of one batch, checked against its logits.
+
+    Attributes:
+        classes: (B, K) int64 classes explained; None for a callable.
+        against: (B, K) classes they are contrasted with, or None.
+        function: the callable, or None.
+        single: one target an image was asked for, so results have no K axis.
+    """
+
+    classes: Tensor | None
+    against: Tensor | None
+    function: ScoreFunction | None
+    single: bool
+
+    @property
+    def count(self) -> int:
+        """K, the number of targets an image."""
+        return 1 if self.classes is None else self.classes.shape[1]
+
+    def score(self, logits: Tensor, index: int) -> Tensor:
+        """The explained score (B,) of target number `index`, from logits (B, C)."""
+        if self.function is not None:
+            return self.function(logits)
+        score = logits.gather(1, self._column(self.classes, index))[:, 0]
+        if self.against is not None:
+            score = score - logits.gather(1, self._column(self.against, index))[:, 0]
+        return score
+
+    def explained_classes(self) -> Tensor | None:
+        """(B,) or (B, K) classes, as the target was given."""
+        if self.classes is None:
+            return None
+        return self.classes[:, 0] if self.single else self.classes
+
+    @staticmethod
+    def _column(classes: Tensor | None, index: int) -> Tensor:
+        if classes is None:
+            raise TargetError(f"there are no classes to take; expected {FORMS}")
+        return classes[:, index, None]
+
+
+def resolve_target(target: Target, logits: Tensor) -> ResolvedTarget:
+    """Checks a target against the logits (B, C) and brings it into one form.
+
+    Raises:
+        TargetError: it is of no accepted form, of another batch size, or names a class the model does not have.
+    """
+    if not logits.isfinite().all():
+        raise TargetError("the model's logits hold NaN or infinite values; expected finite ones. Check the weights")
+    if target is None:
+        return ResolvedTarget(logits.detach().argmax(dim=1, keepdim=True), None, None, True)
+    if callable(target) and not isinstance(target, Tensor):
+        return ResolvedTarget(None, None, _checked(target), True)
+    if isinstance(target, tuple):
+        if len(target) != 2:
+            raise TargetError(f"found a tuple of {len(target)}, expected {FORMS}. A list gives one class an image")
+        (ours, _), (theirs, _) = (_classes(side, logits) for side in target)
+        if ours.shape != theirs.shape:
+            raise TargetError(f"found a contrast of {tuple(ours.shape)} against {tuple(theirs.shape)} classes")
+        return ResolvedTarget(ours, theirs, None, True)
+    classes, single = _classes(target, logits)
+    return ResolvedTarget(classes, None, None, single)
+
+
+def select_target(target: Target, rows: slice) -> Target:
+    """The part of a target that belongs to some images of the batch."""
+    if isinstance(target, tuple):
+        return tuple(select_target(cast("Target", side), rows) for side in target)  # type: ignore[return-value]
+    if isinstance(target, Tensor | np.ndarray) and target.ndim > 0:
+        return target[rows]
+    return target[rows] if isinstance(target, list) else target
+
+
+def _classes(target: object, logits: Tensor) -> tuple[Tensor, bool]:
+    batch, count = logits.shape
+    try:
+        classes = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        raise TargetError(f"found a target of type {type(target).__name__} ({target!r}), expected {FORMS}") from None
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TargetError(f"found a target of {classes.dtype}, expected whole class indices: {FORMS}")
+    if classes.ndim > 2 or (classes.ndim > 0 and classes.shape[0] != batch) or not classes.numel():
+        raise TargetError(f"found a target of shape {tuple(classes.shape)} for {batch} images, expected {FORMS}")
+    outside = classes[(classes < 0) | (classes >= count)]
+    if outside.numel():
+        raise TargetError(f"found class {int(outside[0])}, expected 0 to {count - 1}: the model has {count} classes")
+    classes = classes.to(device=logits.device, dtype=torch.int64)
+    if classes.ndim == 2:
+        return classes, False
+    return classes.expand(batch)[:, None], True
+
+
+def _checked(function: ScoreFunction) -> ScoreFunction:
+    def score(logits: Tensor) -> Tensor:
+        result = function(logits)
+        if not isinstance(result, Tensor) or result.shape != logits.shape[:1]:
+            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise TargetError(
+                f"the target function returned {found} for logits of shape {tuple(logits.shape)}; expected "
+                f"({logits.shape[0]},), one score an image"
+            )
+        return result
+
+    return score
