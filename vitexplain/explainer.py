@@ -108,11 +108,11 @@ class Explainer:
         """
         return explain_with([self.method], self.subject, images, target, batch_size=batch_size)[0]
 
-    def attribute(self, inputs: Tensor, target: Target = None) -> Tensor:
+    def attribute(self, inputs: Tensor | tuple[Tensor], target: Target = None) -> Tensor:
         """The same map in the shape captum and Quantus take: upsampled to the input, repeated over its channels.
 
         Args:
-            inputs: (B, 3, H, W), normalised.
+            inputs: (B, 3, H, W), normalised; or a tuple of that one tensor, as captum passes it on.
             target: one target an image, as for a call.
 
         Returns:
@@ -123,6 +123,8 @@ class Explainer:
         """
         from .render import upsample
 
+        if isinstance(inputs, tuple):
+            (inputs,) = inputs
         scores = self(inputs, target).scores
         if scores.ndim != 3:
             raise TargetError(f"found {scores.shape[1]} targets an image, expected one: attribute gives one map")

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vitexplain.data.painting import Light, Stamp, paint, stamp
-from vitexplain.data.silhouettes import CLASS_NAMES, VARIANTS, outline
-from vitexplain.data.textures import FloatImage, cloud, colour, contrasting_colour, positions, surface, whole
+from .painting import Light, Stamp, paint, stamp
+from .silhouettes import CLASS_NAMES, VARIANTS, outline
+from .textures import FloatImage, cloud, colour, contrasting_colour, positions, surface, whole
 
 FloatArray = NDArray[np.float64]
 
@@ -97,7 +97,7 @@ def distractor(rng: np.random.Generator, canvas: FloatImage, light: Light) -> No
     """Paints one shape of no class on the canvas, in place, with the same light and surfaces as objects have."""
     size = canvas.shape[1]
     place = rng.uniform(-0.05, 1.05, 2) * size
-    scale = size * math.sqrt(rng.uniform(0.01, 0.12))
+    scale = size * math.sqrt(rng.uniform(0.01, 0.1))
     if rng.random() < 0.25:
         shape = _fragment(rng, size, place, scale)
     else:
@@ -138,7 +138,7 @@ def photograph(rng: np.random.Generator, canvas: FloatImage) -> NDArray[np.uint8
     light += np.float32(rng.uniform(0, 0.4)) * (cloud(rng, size) - np.float32(0.5))
     light -= np.float32(rng.uniform(0, 0.7)) * (across * across + down * down)
     balance = rng.uniform(0.9, 1.1, 3).astype(np.float32) * np.float32(rng.uniform(0.8, 1.15))
-    blur, grain = float(rng.uniform(0.25, 0.75)) * size / 96, np.float32(rng.uniform(0.008, 0.04))
+    blur, grain = float(rng.uniform(0.25, 0.75)) * size / 96, np.float32(rng.uniform(0.008, 0.03))
     noise = rng.standard_normal((size, size, 3), dtype=np.float32)
     picture = cv2.GaussianBlur(cv2.merge(list(canvas * light * balance[:, None, None])), (0, 0), blur)
     result: NDArray[np.uint8] = np.round(np.clip(picture + grain * noise, 0, 1) * np.float32(255)).astype(np.uint8)

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vitexplain.data.textures import FloatImage
+from .textures import FloatImage
 
 _OVERSAMPLING = 4
 _FRACTION_BITS = 4

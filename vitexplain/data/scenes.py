@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vitexplain.data.clutter import background, distractor, occluder, photograph
-from vitexplain.data.painting import Light, paint, stamp
-from vitexplain.data.silhouettes import CLASS_NAMES, VARIANTS, outline
-from vitexplain.data.textures import colour, contrasting_colour, surface
-from vitexplain.errors import InputError
+from ..errors import InputError
+from .clutter import background, distractor, occluder, photograph
+from .painting import Light, paint, stamp
+from .silhouettes import CLASS_NAMES, VARIANTS, outline
+from .textures import colour, contrasting_colour, surface
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,7 +182,7 @@ def _stream(seed: int, *purpose: int) -> np.random.Generator:
 def _posed(rng: np.random.Generator, label: int, area: float) -> list[NDArray[np.float64]]:
     """An outline of the class in a random pose, enclosing `area`, centred on its bounding box."""
     rings = outline(label, int(rng.integers(VARIANTS)))
-    turn, shear = math.radians(rng.uniform(-28, 28)), rng.uniform(-0.15, 0.15)
+    turn, shear = math.radians(rng.uniform(-22, 22)), rng.uniform(-0.15, 0.15)
     stretch, mirror = math.sqrt(rng.uniform(0.82, 1.22)), rng.choice((-1.0, 1.0))
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     pose = rotation @ np.array([[mirror * stretch, shear], [0, 1 / stretch]]) * math.sqrt(area)
@@ -199,7 +199,7 @@ def _layout(rng: np.random.Generator, count: int) -> tuple[list[int], list[list[
     placed: list[list[NDArray[np.float64]]] = []
     taken: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     for label in labels:
-        area = rng.uniform(0.06, 0.15) if count == 1 else rng.uniform(0.045, 0.08)
+        area = rng.uniform(0.075, 0.15) if count == 1 else rng.uniform(0.05, 0.085)
         rings = _posed(rng, label, area)
         for attempt in range(60):
             half = np.concatenate(rings).max(axis=0)
@@ -228,7 +228,7 @@ def _render(seed: int, count: int, size: int, *, with_objects: bool = True, colo
     turn = clutter.uniform(0, 2 * math.pi)
     light = Light(math.cos(turn), math.sin(turn), clutter.uniform(0.05, 0.5), clutter.uniform(0.0, 0.5))
     canvas = background(clutter, size)
-    for _ in range(int(clutter.integers(3, 8))):
+    for _ in range(int(clutter.integers(3, 7))):
         distractor(clutter, canvas, light)
     shapes = [stamp([ring * size for ring in rings], size) for rings in outlines]
     visible = [shape.mask(size) for shape in shapes]
@@ -241,7 +241,7 @@ def _render(seed: int, count: int, size: int, *, with_objects: bool = True, colo
         for front in range(behind + 1, count):
             visible[behind] &= ~visible[front]
     for rings in outlines:
-        if clutter.random() < 0.4:
+        if clutter.random() < 0.35:
             bar = occluder(clutter, size, np.concatenate(rings).mean(axis=0) * size)
             fill = surface(clutter, bar.window, size, colour(clutter), clutter.uniform(0.0, 1.0))
             covered = bar.mask(size)

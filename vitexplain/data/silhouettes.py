@@ -208,7 +208,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(_DRAWINGS)
 """Names of the classes; a label is an index into this tuple."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def outline(label: int, variant: int) -> Outline:
     """Returns one drawing of a class as polygons.
 

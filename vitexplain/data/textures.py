@@ -91,12 +91,12 @@ def contrasting_colour(rng: np.random.Generator, against: NDArray[np.floating]) 
     """Returns a random colour (3,) that can be told from `against` (3,), both RGB in 0..1."""
     weights = np.array([0.9, 1.2, 0.6], np.float32)
     best, best_distance = colour(rng), 0.0
-    for _ in range(10):
+    for _ in range(12):
         candidate = colour(rng)
         distance = float(np.linalg.norm((candidate - against) * weights))
         if distance > best_distance:
             best, best_distance = candidate, distance
-        if distance > 0.45:
+        if distance > 0.5:
             break
     return best
 

@@ -1,0 +1,249 @@
+"""Capture against the eager attention of the same model, and against autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, make_images, make_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vitexplain import BlockRecord, Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt
+
+EVERYTHING = Needs(
+    attention_gradient=True,
+    states=frozenset({"in", "attention_input", "mid", "mlp", "out"}),
+    state_gradients=frozenset({"attention_input", "out"}),
+)
+
+
+def eager(model: nn.Module, images: Tensor, target: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention and its gradient by the model's own unfused code and plain autograd."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        kept.append(arguments[0])
+
+    handles = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in model.blocks]
+    fused = [block.attn.fused_attn for block in model.blocks]
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    score = model(images)[:, target].sum()
+    for block, before in zip(model.blocks, fused, strict=True):
+        block.attn.fused_attn = before
+    for handle in handles:
+        handle.remove()
+    return [each.detach() for each in kept], list(torch.autograd.grad(score, kept))
+
+
+def test_attention_equals_eager_and_gradients_equal_autograd(model: nn.Module, images: Tensor) -> None:
+    attention, gradients = eager(model, images, 3)
+    with Capture(model, EVERYTHING) as capture:
+        capture.backward(capture.forward(images)[:, 3].sum())
+    for block, expected, expected_gradient in zip(capture.blocks, attention, gradients, strict=True):
+        torch.testing.assert_close(block.attention(), expected, rtol=0, atol=1e-5)
+        scale = expected_gradient.abs().max().item()
+        torch.testing.assert_close(block.attention_gradient(), expected_gradient, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_states_are_those_of_the_model(model: nn.Module, images: Tensor) -> None:
+    expected: list[dict[str, Tensor]] = [{} for _ in model.blocks]
+
+    def keep(index: int, kind: str, before: bool) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], *output: Tensor) -> None:
+            expected[index][kind] = (arguments[0] if before else output[0]).detach()
+
+        return hook
+
+    handles = []
+    for index, block in enumerate(model.blocks):
+        handles += [
+            block.register_forward_pre_hook(keep(index, "in", True)),
+            block.register_forward_hook(keep(index, "out", False)),
+            block.norm2.register_forward_pre_hook(keep(index, "mid", True)),
+        ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    with Capture(model, EVERYTHING) as capture:
+        capture.forward(images)
+    for index, block in enumerate(capture.blocks):
+        for kind in ("in", "mid", "out"):
+            torch.testing.assert_close(block.state(kind), expected[index][kind])
+        torch.testing.assert_close(block.state("mid") + block.state("mlp"), block.state("out"))
+        torch.testing.assert_close(model.blocks[index].norm1(block.state("in")), block.state("attention_input"))
+
+
+def test_heads_add_up_to_the_residual_update(model: nn.Module, images: Tensor) -> None:
+    """Σ_h A_h v_h W_O^h, with the value bias and without the output bias, is what attention adds to the stream."""
+    with Capture(model, EVERYTHING) as capture:
+        capture.forward(images)
+    for index, block in enumerate(capture.blocks):
+        update = (block.attention() @ block.operands.v @ block.output_weight).sum(1)
+        own = model.blocks[index]
+        bias = own.ls1(torch.zeros_like(update) + own.attn.proj.bias)
+        torch.testing.assert_close(block.state("mid") - block.state("in") - bias, update, rtol=1e-3, atol=1e-5)
+        values = block.state("attention_input")[:, None] @ block.value_weight
+        if own.attn.qkv.bias is not None:
+            values = values + own.attn.qkv.bias.chunk(3)[2].view(1, values.shape[1], 1, -1)
+        torch.testing.assert_close(block.operands.v, values, rtol=1e-3, atol=1e-5)
+
+
+def test_state_gradients_equal_autograd(model: nn.Module, images: Tensor) -> None:
+    kept: list[Tensor] = []
+    handle = model.blocks[1].norm1.register_forward_hook(lambda *call: kept.append(call[2]))
+    expected = torch.autograd.grad(model(images)[:, 2].sum(), kept)[0]
+    handle.remove()
+    with Capture(model, Needs(state_gradients=frozenset({"attention_input"}), from_block=1)) as capture:
+        capture.backward(capture.forward(images)[:, 2].sum())
+    torch.testing.assert_close(capture.blocks[1].state_gradient("attention_input"), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_seed_row_follows_the_head(family: str, model: nn.Module, images: Tensor) -> None:
+    """The seed equals the pooling written down by hand, and the gradient of the final tokens agrees."""
+    count = FAMILIES[family].prefix + 24 if family != "dynamic" else FAMILIES[family].prefix + 15
+    expected = FAMILIES[family].pooling(count)
+    torch.testing.assert_close(adapt(model).seed(count), expected)
+    with Capture(model, Needs(state_gradients=frozenset({"out"}), from_block=2)) as capture:
+        capture.backward(capture.forward(images).sum())
+    reached = capture.blocks[-1].state_gradient("out").abs().sum((0, 2)) > 0
+    assert reached.tolist() == (expected > 0).tolist()
+
+
+def test_the_graph_starts_at_the_first_needed_block(model: nn.Module, images: Tensor) -> None:
+    """Blocks below it run without a graph, and weights never take part in one."""
+    graphs: list[bool] = []
+    handles = [block.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad)) for block in model.blocks]
+    with Capture(model, Needs(attention_gradient=True, from_block=1)) as capture:
+        logits = capture.forward(images)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        capture.backward(logits[:, 0].sum())
+    for handle in handles:
+        handle.remove()
+    assert graphs == [False, True, True]
+    with pytest.raises(CaptureError, match="block 0 holds no record of attention"):
+        capture.blocks[0].attention()
+
+
+def test_without_gradients_there_is_no_graph(model: nn.Module, images: Tensor) -> None:
+    with Capture(model, Needs(attention=True)) as capture:
+        logits = capture.forward(images)
+        assert not logits.requires_grad
+        with pytest.raises(CaptureError, match="carries no gradient"):
+            capture.backward(logits.sum())
+
+
+@pytest.mark.parametrize(
+    ("read", "need"),
+    [
+        (lambda block: block.attention(), "attention=True"),
+        (lambda block: block.attention_gradient(), "attention"),
+        (lambda block: block.state("mid"), "states={'mid'}"),
+        (lambda block: block.state_gradient("mid"), "state_gradients={'mid'}"),
+    ],
+)
+def test_what_was_not_asked_for_is_named(read: Any, need: str) -> None:
+    with Capture(make_model("cls"), Needs()) as capture:
+        capture.forward(make_images("cls"))
+    with pytest.raises(CaptureError) as caught:
+        read(capture.blocks[0])
+    assert need in str(caught.value)
+
+
+def test_attention_that_is_not_seen_is_an_error_not_an_empty_map() -> None:
+    model = make_model("cls")
+
+    class Handwritten(nn.Module):
+        def __init__(self, attention: nn.Module) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.num_heads = attention.qkv, attention.proj, attention.num_heads
+
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+            return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    model.blocks[1].attn = Handwritten(model.blocks[1].attn)
+    with (
+        pytest.raises(CaptureError, match="block 1's attention .Handwritten. did not call scaled_dot_product_attention"),
+        Capture(model, Needs(attention=True)) as capture,
+    ):
+        capture.forward(make_images("cls"))
+
+
+def test_attention_outside_the_blocks_is_not_recorded() -> None:
+    class WithExtra(VisionTransformer):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return super().forward_head(F.scaled_dot_product_attention(x, x, x), pre_logits)
+
+    model = WithExtra(img_size=16, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=3)
+    with Capture(model, Needs(attention=True)) as capture:
+        capture.forward(torch.randn(1, 3, 16, 16))
+    assert [block.attention().shape for block in capture.blocks] == [(1, 2, 5, 5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 3, 16, 16), "expected 32×48"),
+        (torch.zeros(2, 1, 32, 48), "expected a float tensor"),
+        (torch.zeros(0, 3, 32, 48), "expected a float tensor"),
+        (torch.zeros(2, 3, 32, 48, dtype=torch.uint8), "torch.uint8"),
+        (torch.full((1, 3, 32, 48), float("nan")), "NaN"),
+        (torch.zeros(5), "expected a float tensor"),
+    ],
+)
+def test_images_that_do_not_fit_are_named(images: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message), Capture(make_model("cls"), Needs()) as capture:
+        capture.forward(images)
+
+
+def test_image_sizes_that_no_patch_divides_are_refused() -> None:
+    with pytest.raises(InputError, match="multiples of the patch size"):
+        adapt(make_model("dynamic")).grid((41, 24))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(nn.Linear(2, 2), "no adapter for torch.nn.modules.linear.Linear"), ("vit", "found a str")],
+)
+def test_models_that_are_not_supported_are_named(model: Any, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        adapt(model)
+
+
+def test_blocks_that_are_not_supported_are_named() -> None:
+    from timm.models.vision_transformer import ResPostBlock
+
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, block_fn=ResPostBlock)
+    with pytest.raises(UnsupportedModelError, match="ResPostBlock"):
+        adapt(model)
+
+
+def test_a_head_without_known_pooling_leaves_gradcam() -> None:
+    from vitexplain import get_explainer
+
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=3, global_pool="max", class_token=False
+    )
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(UnsupportedModelError, match="pools tokens by 'max'.*gradcam"):
+        get_explainer("rollout", model)(images)
+    assert get_explainer("gradcam", model, relu=False)(images).scores.shape == (1, 2, 2)
+
+
+def test_an_adapter_may_be_passed_as_the_model(model: nn.Module, images: Tensor) -> None:
+    from vitexplain import get_explainer
+
+    by_model = get_explainer("rollout", model)(images).scores
+    torch.testing.assert_close(get_explainer("rollout", adapt(model))(images).scores, by_model)
+
+
+def test_the_union_of_needs_asks_for_all() -> None:
+    union = Needs(attention=True, from_block=2) | Needs(states=frozenset({"in"}), from_block=1)
+    assert union == Needs(attention=True, states=frozenset({"in"}), from_block=1)
+    assert not union.gradient
+    assert isinstance(BlockRecord(0, adapt(make_model("cls"))), BlockRecord)

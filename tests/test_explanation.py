@@ -1,0 +1,164 @@
+"""`Explanation`: views of the scores, slicing, saving; and inputs given as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import make_images, make_model
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from vitexplain import Explainer, Explanation, InputError, TargetError, adapt, create_method, get_explainer
+from vitexplain.explainer import Subject
+from vitexplain.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing(size=(32, 48), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_fraction=1.0)
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject(adapt(make_model("cls")), PREPROCESSING, tuple("abcdefg"))
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+
+
+def test_heatmaps_are_upsampled_and_in_range() -> None:
+    explanation = get_explainer("generic_attention", make_model("cls"))(make_images("cls"), [1, 5])
+    heatmaps = explanation.heatmap()
+    assert heatmaps.shape == (2, 32, 48)
+    assert heatmaps.flatten(1).amin(1).tolist() == [0.0, 0.0]
+    assert heatmaps.flatten(1).amax(1).tolist() == [1.0, 1.0]
+    assert explanation.heatmap((64, 20), mode="nearest").shape == (2, 64, 20)
+    shared = explanation.heatmap(scale="shared")
+    assert shared.max() == 1.0
+    assert (shared.flatten(1).amax(1) < 1).any()
+
+
+def test_signed_heatmaps_have_zero_in_the_middle() -> None:
+    explanation = get_explainer("gradcam", make_model("cls"), relu=False)(make_images("cls"))
+    assert explanation.signed
+    heatmaps = explanation.heatmap((4, 6))
+    positive = explanation.scores > 0
+    assert (heatmaps[positive] > 0.5).all()
+    assert (heatmaps[explanation.scores < 0] < 0.5).all()
+
+
+def test_probabilities_are_those_of_the_targets() -> None:
+    model, images = make_model("cls"), make_images("cls")
+    softmax = model(images).softmax(1).detach()
+    explainer = get_explainer("rollout", model)
+    torch.testing.assert_close(explainer(images).probabilities, softmax.amax(1))
+    torch.testing.assert_close(explainer(images, 3).probabilities, softmax[:, 3])
+    torch.testing.assert_close(explainer(images, [[0, 1], [2, 3]]).probabilities[1], softmax[1, 2:4])
+    torch.testing.assert_close(explainer(images, lambda z: z[:, 0]).probabilities, softmax.amax(1))
+
+
+def test_slices_hold_the_same_maps() -> None:
+    explanation = get_explainer("tokentm", make_model("cls"))(make_images("cls", batch=3), torch.tensor([[0, 1]] * 3))
+    part = explanation[1]
+    assert len(part) == 1
+    assert isinstance(part, Explanation)
+    torch.testing.assert_close(part.scores, explanation.scores[1:2])
+    torch.testing.assert_close(explanation[-1].logits, explanation.logits[2:])
+    assert len(explanation[1:]) == 2
+    assert explanation[:2].diagnostics["prefix_share"].shape == (2, 2)
+    with pytest.raises(IndexError, match="found image 3"):
+        explanation[3]
+    assert [each.scores.shape[0] for each in explanation] == [1, 1, 1]
+
+
+def test_pictures_files_and_tensors_give_the_same_map(subject: Subject, picture: Image.Image, tmp_path: Path) -> None:
+    picture.save(tmp_path / "photo.png")
+    explainer = Explainer(create_method("tokentm"), subject)
+    by_tensor = explainer(PREPROCESSING([picture]), 2)
+    for given in (picture, [picture], tmp_path / "photo.png", str(tmp_path / "photo.png")):
+        torch.testing.assert_close(explainer(given, 2).scores, by_tensor.scores)
+    torch.testing.assert_close(explainer(PREPROCESSING(picture), 2).scores, by_tensor.scores)
+    np.testing.assert_array_equal(by_tensor.pictures()[0], np.asarray(PREPROCESSING.view(picture)))
+
+
+def test_pictures_need_a_known_preprocessing(picture: Image.Image) -> None:
+    plain = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+    explainer = get_explainer("rollout", plain)
+    with pytest.raises(InputError, match="how this model wants them is not known"):
+        explainer(picture)
+    explanation = explainer(torch.randn(1, 3, 16, 16))
+    with pytest.raises(InputError, match="cannot be shown"):
+        explanation.overlay()
+    assert explanation.overlay(np.zeros((1, 40, 40, 3), dtype=np.uint8)).shape == (1, 40, 40, 3)
+    with pytest.raises(InputError, match="empty list"):
+        Explainer(create_method("rollout"), Subject(adapt(plain), PREPROCESSING))([])
+
+
+def test_timm_models_know_their_preprocessing() -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64)
+    picture = Image.fromarray(np.zeros((80, 100, 3), dtype=np.uint8))
+    explanation = get_explainer("raw_attention", model)(picture)
+    assert explanation.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert explanation.overlay().shape == (1, 64, 64, 3)
+
+
+def test_overlays_and_panels(subject: Subject, picture: Image.Image) -> None:
+    explainer = Explainer(create_method("tokentm"), subject)
+    one, several = explainer([picture, picture], 1), explainer([picture, picture], [[1, 2, 3], [4, 5, 6]])
+    assert one.overlay().shape == (2, 32, 48, 3)
+    assert several.overlay().shape == (2, 3, 32, 48, 3)
+    np.testing.assert_array_equal(several.overlay()[:, 0][:1], explainer(picture, 1).overlay())
+    assert several.target_names() == [["b", "c", "d"], ["e", "f", "g"]]
+    assert one.panel().width < several.panel().width
+    assert explainer([picture], lambda z: z[:, 0]).target_names() == [["function"]]
+
+
+def test_saving_and_reading_back(subject: Subject, picture: Image.Image, tmp_path: Path) -> None:
+    explanation = Explainer(create_method("tokentm"), subject)([picture], [[1, 2]])
+    with Image.open(explanation.save(tmp_path / "a" / "panel.png")) as panel:
+        assert panel.size == explanation.panel().size
+    np.testing.assert_array_equal(np.load(explanation.save(tmp_path / "scores.npy")), explanation.scores.numpy())
+    with np.load(explanation.save(tmp_path / "all.npz")) as everything:
+        assert set(everything.files) == {"scores", "logits", "targets", "prefix_share", "constant"}
+        np.testing.assert_array_equal(everything["targets"], [[1, 2]])
+    with pytest.raises(InputError, match="expected .png, .npy or .npz"):
+        explanation.save(tmp_path / "scores.csv")
+    assert sorted(each.name for each in tmp_path.rglob("*.*")) == ["all.npz", "panel.png", "scores.npy"]
+
+
+def test_attribute_gives_one_map(subject: Subject) -> None:
+    with pytest.raises(TargetError, match="2 targets an image"):
+        Explainer(create_method("tokentm"), subject).attribute(make_images("cls"), [[0, 1], [1, 2]])
+
+
+def test_captum_metrics_take_our_attributions() -> None:
+    from captum.metrics import infidelity, sensitivity_max
+
+    model, images = make_model("cls"), make_images("cls")
+    explainer = get_explainer("generic_attention", model)
+
+    def perturb(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+        return noise, inputs - noise
+
+    with torch.no_grad():
+        unfaithful = infidelity(model, perturb, images, explainer.attribute(images, 2), target=2)
+    assert unfaithful.shape == (2,)
+    assert unfaithful.isfinite().all()
+    sensitive = sensitivity_max(explainer.attribute, images, target=2, n_perturb_samples=2)
+    assert (sensitive > 0).all()
+
+
+def test_prefix_share_is_a_share() -> None:
+    for method in ("rollout", "raw_attention", "tokentm"):
+        share = get_explainer(method, make_model("registers"))(make_images("registers"), 1).diagnostics["prefix_share"]
+        assert ((share > 0) & (share < 1)).all()
+
+
+def test_repr_names_method_shape_and_targets() -> None:
+    explanation = get_explainer("rollout", make_model("cls"))(make_images("cls"), [1, 2])
+    assert repr(explanation) == "Explanation(rollout, scores (2, 4, 6), targets [1, 2])"

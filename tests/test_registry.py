@@ -1,0 +1,180 @@
+"""Names, options and plug-ins."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from families import make_model
+from torch import Tensor
+
+import vitexplain
+from vitexplain import (
+    Capture,
+    ExplanationWarning,
+    Method,
+    OptionError,
+    UnknownNameError,
+    create_method,
+    get_explainer,
+    list_methods,
+    method_info,
+    option,
+    register_method,
+    registry,
+)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("attention_rollout", "rollout"),
+        ("Attention Rollout", "rollout"),
+        ("TokenTM", "tokentm"),
+        ("token-tm", "tokentm"),
+        ("grad-cam", "gradcam"),
+        ("GradCAM", "gradcam"),
+        ("Generic-Attention", "generic_attention"),
+        ("GAE", "generic_attention"),
+        ("raw attention", "raw_attention"),
+    ],
+)
+def test_names_people_would_type(typed: str, name: str) -> None:
+    assert method_info(typed).name == name
+
+
+def test_misspelt_names_get_suggestions_and_the_whole_list() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        get_explainer("rolout", make_model("cls"))
+    assert "did you mean 'rollout'" in str(caught.value)
+    for name in list_methods():
+        assert name in str(caught.value)
+    with pytest.raises(UnknownNameError, match="option of rollout called 'head_fuson' .did you mean 'head_fusion'"):
+        create_method("rollout", head_fuson="mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rollout", {"head_fusion": "median"}, "head_fusion='median', expected 'mean' or 'max' or 'min'"),
+        ("rollout", {"head_fusion": 1}, "head_fusion=1"),
+        ("rollout", {"discard_ratio": 1.0}, "a number >= 0 and <= 0.99"),
+        ("rollout", {"discard_ratio": float("nan")}, "discard_ratio=nan"),
+        ("rollout", {"start_layer": 1.0}, "a whole number >= 0"),
+        ("rollout", {"start_layer": True}, "a whole number >= 0"),
+        ("tokentm", {"necc_scale": "N"}, "'tokens' or a number >= 0"),
+        ("tokentm", {"length": 1}, "True or False"),
+        ("tokentm", {"transformation": None}, "'value' or 'literal' or 'residual'"),
+    ],
+)
+def test_option_values_are_checked(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        create_method(name, **options)
+
+
+def test_layers_beyond_the_model_are_refused_before_any_work() -> None:
+    for name, options in (("rollout", {"start_layer": 3}), ("gradcam", {"layer": -4}), ("raw_attention", {"layer": 3})):
+        with pytest.raises(vitexplain.UnsupportedModelError, match="expected -3 to 2"):
+            get_explainer(name, make_model("cls"), **options)
+
+
+def test_every_method_says_what_it_is(method: str) -> None:
+    info = method_info(method)
+    assert info.name == method
+    assert info.title
+    assert any(character.isdigit() for character in info.paper)
+    assert Path(sys.modules[info.method.__module__].__file__).stem == method
+    assert info.method.__module__ == f"vitexplain.methods.{method}"
+    assert "Scores" in info.method.__doc__
+    for each in info.options:
+        assert each.help
+        assert each.range
+
+
+def test_filters() -> None:
+    assert set(list_methods(class_specific=True)) | set(list_methods(class_specific=False)) == set(list_methods())
+    assert "rollout" in list_methods(class_specific=False)
+    assert list_methods(trainable=True) == []
+
+
+@pytest.fixture
+def _clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    list_methods()
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_a_new_method_is_one_class() -> None:
+    @register_method("uniform", title="Uniform", paper="none, 2026", class_specific=False, passes="1F")
+    @dataclass(frozen=True)
+    class Uniform(Method):
+        level: float = option(1.0, "the score of every patch")
+
+        def attribute(self, capture: Capture) -> Tensor:
+            return capture.seed_row() * 0 + self.level
+
+    explainer = get_explainer("uniform", make_model("cls"), level=2.5)
+    from families import make_images
+
+    with pytest.warns(ExplanationWarning, match="constant map"):
+        explanation = explainer(make_images("cls"))
+    assert explanation.scores.unique().tolist() == [2.5]
+    assert explanation.diagnostics["constant"].all()
+    assert explanation.options == {"level": 2.5}
+
+    with pytest.raises(ValueError, match="'Rollout' is already taken by vitexplain.methods.rollout.Rollout"):
+        register_method("Rollout", title="", paper="", class_specific=False, passes="1F")(type("Other", (Method,), {}))
+    register_method("uniform", title="Again", paper="none", class_specific=False, passes="1F")(Uniform)
+    assert method_info("uniform").title == "Again"
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_scores_of_a_wrong_shape_are_refused() -> None:
+    @register_method("broken", title="Broken", paper="none, 2026", class_specific=False, passes="1F")
+    @dataclass(frozen=True)
+    class Broken(Method):
+        def attribute(self, capture: Capture) -> Tensor:
+            return capture.seed_row()[:, :3]
+
+    from families import make_images
+
+    with pytest.raises(vitexplain.CaptureError, match="broken returned scores of shape .2, 3."):
+        get_explainer("broken", make_model("cls"))(make_images("cls"))
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from vitexplain import Method, register_method
+
+@register_method("from_outside", title="Outside", paper="none, 2026", class_specific=False, passes="1F")
+@dataclass(frozen=True)
+class FromOutside(Method):
+    def attribute(self, capture):
+        return capture.seed_row()
+"""
+
+
+def test_entry_points_bring_methods_and_broken_ones_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "outside.py").write_text(PLUGIN)
+    (tmp_path / "plug-1.0.dist-info").mkdir()
+    (tmp_path / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
+    (tmp_path / "plug-1.0.dist-info" / "entry_points.txt").write_text(
+        f"[{registry.ENTRY_POINT_GROUP}]\nbroken = no_such_module\noutside = outside\n"
+    )
+    script = (
+        "import sys, warnings; sys.path[:0] = sys.argv[1:]\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); import vitexplain; print(vitexplain.list_methods())\n"
+        "print([str(each.message) for each in caught if 'plug-in' in str(each.message)])"
+    )
+    root = str(Path(vitexplain.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), root], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    names, warned = done.stdout.splitlines()[-2:]
+    assert "from_outside" in names
+    assert "tokentm" in names
+    assert "'broken' (no_such_module) could not be loaded" in warned
