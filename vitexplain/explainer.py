@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,21 @@ class Explainer:
         """
         return explain_with([self.method], self.subject, images, target, batch_size=batch_size)[0]
 
-    def attribute(self, inputs: Tensor | tuple[Tensor], target: Target = None) -> Tensor:
+    @overload
+    def attribute(self, inputs: Tensor, target: Target = None) -> Tensor: ...
+
+    @overload
+    def attribute(self, inputs: tuple[Tensor], target: Target = None) -> tuple[Tensor]: ...
+
+    def attribute(self, inputs: Tensor | tuple[Tensor], target: Target = None) -> Tensor | tuple[Tensor]:
         """The same map in the shape captum and Quantus take: upsampled to the input, repeated over its channels.
 
         Args:
-            inputs: (B, 3, H, W), normalised; or a tuple of that one tensor, as captum passes it on.
+            inputs: (B, 3, H, W), normalised; or a tuple of that one tensor, as captum's metrics pass it on.
             target: one target an image, as for a call.
 
         Returns:
-            (B, 3, H, W) raw scores, bilinear between patch centres.
+            (B, 3, H, W) raw scores, bilinear between patch centres; in a tuple where the inputs were.
 
         Raises:
             TargetError: several targets an image.
@@ -124,7 +130,7 @@ class Explainer:
         from .render import upsample
 
         if isinstance(inputs, tuple):
-            (inputs,) = inputs
+            return (self.attribute(inputs[0], target),)
         scores = self(inputs, target).scores
         if scores.ndim != 3:
             raise TargetError(f"found {scores.shape[1]} targets an image, expected one: attribute gives one map")
