@@ -14,12 +14,14 @@ Time is O(N²·D) a block, memory O(N·D). Shapes: B batch, H heads, N tokens, T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from .errors import CaptureError
 
 TILE_BYTES = 8 * 2**20
 """How much one (B, H, T, N) tile may take, in bytes. Small enough to stay near the cache, large enough to
@@ -49,8 +51,13 @@ class AttentionOperands:
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of query rows."""
+        """Number of query rows: N, or the number of latents of an attention pool."""
         return self.q.shape[-2]
+
+    @property
+    def num_keys(self) -> int:
+        """N, the number of tokens attended to."""
+        return self.k.shape[-2]
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Attention after the softmax (B, H, T, N); float32 or wider, whatever the model's precision."""
@@ -66,6 +73,70 @@ class AttentionOperands:
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""
         return widen(output_gradient[:, :, rows]) @ widen(self.v).transpose(-2, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class DifferentialOperands(AttentionOperands):
+    """Differential attention: A = A₁ - λ A₂ on shared values; rows sum to 1 - λ, entries may be negative.
+
+    Attributes:
+        second: q, k of A₂; its v is the same.
+        weight: λ.
+    """
+
+    second: AttentionOperands | None = None
+    weight: float = 0.0
+
+    def probabilities(self, rows: Rows = slice(None)) -> Tensor:
+        """A₁ - λ A₂ (B, H, T, N)."""
+        first = super().probabilities(rows)
+        return first if self.second is None else first - self.weight * self.second.probabilities(rows)
+
+
+class Combination:
+    """How the attention calls of one block make one attention; this one expects a single call."""
+
+    def operands(self, calls: Sequence[AttentionOperands]) -> AttentionOperands:
+        """The block's operands from those of its calls, in order."""
+        if len(calls) != 1:
+            raise CaptureError(
+                f"a block computed attention {len(calls)} times in one forward; expected once. Run the model once, and "
+                "give blocks with several attentions an adapter that combines them"
+            )
+        return calls[0]
+
+    def output_gradient(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The gradient at the block's attention output, from those at the outputs of its calls."""
+        return gradients[0]
+
+
+class SideBySide(Combination):
+    """Attentions in parallel, all added to the stream: one attention with the heads of all."""
+
+    def operands(self, calls: Sequence[AttentionOperands]) -> AttentionOperands:
+        """All heads, in the order of the calls."""
+        q, k, v = (torch.cat([getattr(call, name) for call in calls], dim=1) for name in "qkv")
+        return AttentionOperands(q, k, v, calls[0].scale, calls[0].bias)
+
+    def output_gradient(self, gradients: Sequence[Tensor]) -> Tensor:
+        """All heads, in the order of the calls."""
+        return torch.cat(list(gradients), dim=1)
+
+
+@dataclass(frozen=True)
+class Differential(Combination):
+    """The two calls of differential attention, O = O₁ - λ O₂; dy/dO is the gradient at O₁.
+
+    Attributes:
+        weight: gives λ.
+    """
+
+    weight: Callable[[], float]
+
+    def operands(self, calls: Sequence[AttentionOperands]) -> AttentionOperands:
+        """The two calls as one."""
+        first, second = calls
+        return DifferentialOperands(first.q, first.k, first.v, first.scale, first.bias, second, self.weight())
 
 
 class RowTile:

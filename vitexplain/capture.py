@@ -1,46 +1,28 @@
 """Capture: what a forward (and backward) pass through a borrowed model leaves for the methods.
 
-Forward hooks bring the token states. Attention is read where it is computed, from the arguments of
-`scaled_dot_product_attention` inside the hooked attention modules, so the fused kernel keeps running and no model
-is patched. Weights are frozen meanwhile, and the autograd graph starts at the first tensor whose gradient is asked
+Forward hooks bring the token states, an `AttentionTap` the attention, so the fused kernel keeps running and no model is
+patched. Weights are frozen meanwhile, and the autograd graph starts at the first tensor whose gradient is asked
 for: whatever lies below it is an ordinary forward without a graph.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .attention import AttentionOperands
 from .borrowing import borrowed
-from .errors import CaptureError
+from .errors import CaptureError, UnsupportedModelError
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .record import BlockRecord, Needs, State
-
-_SDPA_SIGNATURE = inspect.Signature(
-    [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
-        for name, default in {
-            "query": inspect.Parameter.empty,
-            "key": inspect.Parameter.empty,
-            "value": inspect.Parameter.empty,
-            "attn_mask": None,
-            "dropout_p": 0.0,
-            "is_causal": False,
-            "scale": None,
-            "enable_gqa": False,
-        }.items()
-    ]
-)
+from .tap import AttentionTap
 
 
 class Capture:
@@ -61,6 +43,7 @@ class Capture:
         needs: what is recorded.
         blocks: one record a block, L in all; those below `needs.from_block` stay empty.
         images: the (B, channels, H, W) input of the forward pass.
+        pool: the record of an attention-pooling head; None for other heads.
         logits: the model's output (B, C), detached.
         grid: patch grid (h, w).
     """
@@ -68,6 +51,7 @@ class Capture:
     images: Tensor
     logits: Tensor
     grid: tuple[int, int]
+    pool: BlockRecord | None = None
 
     def __init__(self, model: nn.Module | ModelAdapter, needs: Needs) -> None:
         self.adapter = adapt(model)
@@ -81,7 +65,8 @@ class Capture:
         # inside a caller's inference_mode no graph could be recorded
         self._context.enter_context(torch.inference_mode(False))
         self._context.enter_context(torch.set_grad_enabled(self.needs.gradient))
-        self._context.enter_context(borrowed(self.adapter.model, fused_attention=self.adapter.fused_switches()))
+        self._context.enter_context(borrowed(self.adapter.model))
+        self._context.enter_context(self.adapter.prepared())
         return self
 
     def __exit__(
@@ -99,6 +84,8 @@ class Capture:
 
     def seed_row(self) -> Tensor:
         """Where a rollout starts: the weight (B, N) with which the head reads each final token."""
+        if self.pool is not None:
+            return self.pool.attention().mean((1, 2))
         seed = self.adapter.seed(self.num_tokens).to(self.images.device)
         return seed.expand(len(self.images), -1)
 
@@ -120,14 +107,11 @@ class Capture:
         # clone: a tensor made in the caller's inference_mode cannot take part in a graph
         self.images = self.adapter.check_images(images.clone() if images.is_inference() else images)
         self.grid = self.adapter.grid((self.images.shape[-2], self.images.shape[-1]))
-        self.blocks = [BlockRecord(index, self.adapter) for index in range(len(self.adapter.blocks))]
+        self.blocks = [BlockRecord(index, self.adapter, modules) for index, modules in enumerate(self.adapter.blocks)]
         with ExitStack() as hooks:
             for handle in self._place_hooks(hooks):
                 hooks.callback(handle.remove)
-            output = self.adapter.model(self.images)
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise CaptureError(f"the model returned {shape}; expected logits of shape (B, C), one row an image")
+            output = self.adapter.logits(self.images)
         self._check_records()
         self.logits = output.detach()
         return output
@@ -153,24 +137,32 @@ class Capture:
         for (tensor, store), gradient in zip(self._tracked, gradients, strict=True):
             store(torch.zeros_like(tensor) if gradient is None else gradient)
 
-    def _place_hooks(self, stack: ExitStack) -> list[Any]:
-        handles: list[Any] = []
-        tap = _AttentionTap(self._record_attention)
-        first = self.needs.from_block
-        for record, taps in list(zip(self.blocks, self.adapter.blocks, strict=True))[first:]:
+    def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
+        handles: list[RemovableHandle] = []
+        tap = AttentionTap()
+        for record in self.blocks[self.needs.from_block :]:
             if self.needs.any_attention:
-                handles += tap.watch(taps.attention, record)
-            for kind in self.needs.states | self.needs.state_gradients:
-                handles.append(self._watch_state(kind, record))
+                record.watched = True
+                handles += tap.watch(record.modules.attention, self._keep_attention(record))
+            kinds = self.needs.states | self.needs.state_gradients
+            if "mlp" in kinds and record.modules.mlp is None:
+                kinds = kinds - {"mlp"} | {"mid", "out"}  # the record takes their difference
+            handles += [self._watch_state(kind, record) for kind in sorted(kinds)]
         if self.needs.any_attention:
+            if self.adapter.pool is not None:
+                self.pool = BlockRecord(len(self.blocks), self.adapter, self.adapter.pool, watched=True)
+                handles += tap.watch(self.adapter.pool.attention, self._keep_attention(self.pool, gradient=False))
             stack.enter_context(tap)
         return handles
 
-    def _watch_state(self, kind: State, record: BlockRecord) -> Any:
-        taps = self.adapter.blocks[record.index]
-        module = taps.block if kind in ("in", "out") else getattr(taps, kind)
+    def _watch_state(self, kind: State, record: BlockRecord) -> RemovableHandle:
+        modules = record.modules
+        module = modules.block if kind in ("in", "out") else getattr(modules, kind)
         if module is None:
-            raise CaptureError(f"block {record.index} ({type(taps.block).__name__}) has no token state {kind!r}")
+            raise UnsupportedModelError(
+                f"a {type(modules.block).__name__} has no token state {kind!r} (block {record.index}); methods that read "
+                "attention alone work on it: rollout, generic_attention"
+            )
 
         def keep(state: Tensor) -> Tensor:
             if kind in self.needs.state_gradients:
@@ -182,27 +174,34 @@ class Capture:
             record._states[kind] = state.detach()
             return state
 
-        def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (keep(arguments[0]), *arguments[1:])
+        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if arguments:
+                return (keep(arguments[0]), *arguments[1:]), named
+            first = next(iter(named))
+            return arguments, {**named, first: keep(named[first])}
 
-        def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-            return keep(output)
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            return (keep(output[0]), *output[1:]) if isinstance(output, tuple) else keep(output)
 
-        return (
-            module.register_forward_pre_hook(before) if kind in ("in", "mid") else module.register_forward_hook(after)
-        )
+        if kind in ("in", "mid"):
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
-    def _record_attention(self, record: BlockRecord, operands: AttentionOperands, output: Tensor) -> Tensor:
-        if record._operands is not None:
-            raise CaptureError(f"block {record.index} computed attention twice in one forward; expected once")
-        record._operands = operands
-        if not self.needs.attention_gradient:
-            return output
+    def _keep_attention(
+        self, record: BlockRecord, gradient: bool = True
+    ) -> Callable[[AttentionOperands, Tensor], Tensor]:
+        def keep(operands: AttentionOperands, output: Tensor) -> Tensor:
+            index = len(record._calls)
+            record._calls.append(operands)
+            if not (gradient and self.needs.attention_gradient):
+                return output
 
-        def store(gradient: Tensor) -> None:
-            record._output_gradient = gradient
+            def store(value: Tensor) -> None:
+                record._output_gradients[index] = value
 
-        return self._track(output, store)
+            return self._track(output, store)
+
+        return keep
 
     def _track(self, tensor: Tensor, store: Callable[[Tensor], None]) -> Tensor:
         if not tensor.requires_grad:
@@ -211,57 +210,13 @@ class Capture:
         return tensor
 
     def _check_records(self) -> None:
+        if not self.needs.any_attention:
+            return
         tokens = self.num_tokens
-        for record in self.blocks[self.needs.from_block :]:
-            operands = record._operands
-            if self.needs.any_attention and operands is None:
-                name = type(self.adapter.blocks[record.index].attention).__name__
+        for record in [*self.blocks[self.needs.from_block :], *([self.pool] if self.pool else [])]:
+            found = record.operands.num_keys
+            if found != tokens:
                 raise CaptureError(
-                    f"block {record.index}'s attention ({name}) did not call scaled_dot_product_attention, so there is "
-                    "nothing to read: use an implementation that does, or a method without attention such as gradcam"
-                )
-            if operands is not None and operands.num_tokens != tokens:
-                raise CaptureError(
-                    f"block {record.index} attends over {operands.num_tokens} tokens; expected {tokens} = "
+                    f"block {record.index} attends over {found} tokens; expected {tokens} = "
                     f"{self.adapter.num_prefix_tokens} prefix tokens + {self.grid[0]}×{self.grid[1]} patches"
                 )
-
-
-class _AttentionTap(TorchFunctionMode):
-    """Sees every call of scaled dot-product attention and passes those inside watched modules on."""
-
-    def __init__(self, record: Callable[[BlockRecord, AttentionOperands, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._record = record
-        self._inside: list[BlockRecord] = []
-
-    def watch(self, module: nn.Module, record: BlockRecord) -> Sequence[Any]:
-        def enter(*_: Any) -> None:
-            self._inside.append(record)
-
-        def leave(*_: Any) -> None:
-            self._inside.pop()
-
-        return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention and self._inside:
-            return self._record(self._inside[-1], _operands(args, kwargs or {}), output)
-        return output
-
-
-def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionOperands:
-    bound = _SDPA_SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = bound.arguments
-    q, k, v = (call[name].detach() for name in ("query", "key", "value"))
-    if call["enable_gqa"]:
-        k, v = (tensor.repeat_interleave(q.shape[-3] // tensor.shape[-3], dim=-3) for tensor in (k, v))
-    bias = call["attn_mask"]
-    if call["is_causal"]:
-        bias = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    scale = q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
-    return AttentionOperands(q, k, v, float(scale), None if bias is None else bias.detach())

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import sys
+import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
+import torch
 import typer
+from typer.core import TyperGroup
 
-from .errors import VitExplainError
+from .errors import ExplanationWarning, UnknownNameError, VitExplainError
 
 EXIT_SOME_FAILED = 1
-EXIT_USAGE = 2
+EXIT_NOT_CARRIED_OUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of the command ``vitexplain``."""
+    app()
+
+
+class _Commands(TyperGroup):
+    """Errors raised on purpose become one line and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _spoken():
+                return super().invoke(ctx)
+        except VitExplainError as error:
+            _say(f"error: {' '.join(str(error).splitlines())}")
+        except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+            cause = (str(error).splitlines() or [""])[0]
+            _say(f"error: out of memory ({type(error).__name__}: {cause}). Try a smaller --batch-size")
+        except KeyboardInterrupt:
+            _say("interrupted; results finished before this are complete")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(EXIT_NOT_CARRIED_OUT)
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -24,20 +56,6 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Trains models and methods that learn.")
 app.add_typer(train_app, name="train")
-
-
-def main() -> None:
-    """Entry point: errors raised on purpose become one line and an exit code, never a traceback."""
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-    try:
-        app()
-    except VitExplainError as error:
-        _say(f"error: {error}")
-        sys.exit(EXIT_USAGE)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _version(asked: bool) -> None:
@@ -57,13 +75,11 @@ def _options(
     pass
 
 
-@app.command(
-    epilog="[b]Example[/b]   vitexplain demo --output demo.png --scenes 4",
-)
+@app.command(epilog="[b]Example[/b]\n\nvitexplain demo --output demo.png --scenes 4")
 def demo(
-    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("vitexplain-demo/demo.png"),
-    scenes: Annotated[int, typer.Option(help="How many scenes, 1 to 20.")] = 3,
-    seed: Annotated[int, typer.Option(help="Which scenes: where to begin in the test split.")] = 0,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="PNG file to write.")] = Path("vitexplain-demo/demo.png"),
+    scenes: Annotated[int, typer.Option(metavar="N", help="How many scenes, 1 to 20.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which scenes: where to begin in the test split.")] = 0,
 ) -> None:
     """Draws several methods side by side on scenes with two objects; works offline, in seconds."""
     from .demo import make_demo
@@ -77,60 +93,88 @@ def demo(
 
 @app.command(
     epilog="[b]Examples[/b]\n\n"
-    "vitexplain explain cat.jpg --model timm:vit_tiny_patch16_224 --checkpoint model.safetensors\n\n"
-    "vitexplain explain photos/ --method rollout --method tokentm --target 282 --target 243 --output maps\n\n"
-    "vitexplain explain 'shots/*.png' --method rollout --option head_fusion=max --option start_layer=1",
+    "vitexplain explain cat.jpg\n\n"
+    "vitexplain explain photos/ --model timm:vit_tiny_patch16_224 --target zebra\n\n"
+    "vitexplain explain a.png --model timm:vit_tiny_patch16_224 --checkpoint a.pt\n\n"
+    "vitexplain explain '*.png' --method rollout --method tokentm --output maps\n\n"
+    "vitexplain explain a.png --method rollout --option head_fusion=max",
 )
 def explain(
-    images: Annotated[list[str], typer.Argument(help="Image files, folders or patterns.")],
-    model: Annotated[str, typer.Option(help="scenes (embedded) or timm:ARCHITECTURE.")] = "scenes",
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or 'patterns*'.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = "scenes",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .safetensors, or a torch state dict. Default: the hub's.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Weights: .safetensors, or a torch state dict.  \\[default: the model's own]"
+        ),
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Class names: JSON list, or one a line.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method; may be repeated.  [default: tokentm]")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names: JSON, or text with one a line.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Method; may be repeated.  \\[default: tokentm]")
+    ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, an option of the methods that have it; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option, for the methods that have it; may be repeated."),
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Class to explain, index or name; may be repeated.  [default: the predicted class]"),
+        typer.Option(
+            metavar="CLASS", help="What to explain, index or name; may be repeated.  \\[default: the predicted class]"
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vitexplain-output"),
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    size: Annotated[str | None, typer.Option(help="Input size HxW, instead of the model's own.")] = None,
-    mean: Annotated[str | None, typer.Option(help="R,G,B mean in [0, 1], instead of the model's own.")] = None,
-    std: Annotated[str | None, typer.Option(help="R,G,B deviation, instead of the model's own.")] = None,
-    interpolation: Annotated[str | None, typer.Option(help="bicubic, bilinear, …")] = None,
-    crop_fraction: Annotated[float | None, typer.Option(help="Share of the resized image that the crop keeps.")] = None,
-    crop_mode: Annotated[str | None, typer.Option(help="center, squash or border.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("vitexplain-output"),
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images at a time.")] = 8,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Input size, one number if square, instead of the model's own.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Mean in 0 to 1, instead of the model's own.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Standard deviation, instead of the model's own.")
+    ] = None,
+    interpolation: Annotated[str | None, typer.Option(metavar="NAME", help="bicubic, bilinear, …")] = None,
+    crop_fraction: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Part of the resized image that the crop keeps.")
+    ] = None,
+    crop_mode: Annotated[str | None, typer.Option(metavar="NAME", help="center, squash or border.")] = None,
 ) -> None:
-    """Explains images: for each an overlay PNG and raw scores per map, and one JSON record.
+    """Explains images: an overlay PNG and raw scores (.npy) for each map, one JSON record for each image.
 
-    A file that cannot be read is reported and left out; the others are still done. Exit code 0: all done;
-    1: some images failed; 2: the command cannot be carried out.
+    A file that cannot be read is reported and left out; the others are still done.
+
+    Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
-    from .explain_files import explain_files
+    from .cli_values import configure_methods, read_numbers, read_size
+    from .explain_files import explain_to_folder
     from .images import find_images
     from .models.loading import load_model
 
     asked = {
-        "size": _numbers("size", size, int, "x"),
-        "mean": _numbers("mean", mean, float, ","),
-        "std": _numbers("std", std, float, ","),
+        "size": read_size(size),
+        "mean": read_numbers("--mean", mean, float, ",", 3),
+        "std": read_numbers("--std", std, float, ",", 3),
         "interpolation": interpolation,
         "crop_fraction": crop_fraction,
         "crop_mode": crop_mode,
     }
     preprocessing = {name: value for name, value in asked.items() if value is not None}
-    methods = _configured(method or ["tokentm"], option or [])
+    methods = configure_methods(method or ["tokentm"], option or [])
     files = find_images(images)
     loaded = load_model(model, checkpoint=checkpoint, labels=labels, preprocessing=preprocessing, device=device)
     targets = [loaded.class_index(each) for each in target or ()]
-    done, failures = explain_files(files, loaded, methods, targets, output, batch_size=batch_size)
-    for failure in failures:
-        _say(f"error: {failure}")
+    done, failures = explain_to_folder(
+        files,
+        loaded,
+        methods,
+        targets,
+        output,
+        batch_size=batch_size,
+        on_failure=lambda error: _say(f"error: {' '.join(str(error).splitlines())}"),
+    )
     typer.echo(f"{done} of {len(files)} images explained. Results: {output.resolve()}")
     if failures:
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -145,32 +189,39 @@ def methods() -> None:
         info = method_info(name)
         kind = "class-specific" if info.class_specific else "the same for every class"
         typer.echo(typer.style(name, bold=True) + f"   {info.title}; {kind}; {info.passes} (forward, backward)")
-        typer.echo(f"    {info.paper}")
+        typer.echo(_wrapped(info.paper, 4, 4))
         for each in info.options:
-            typer.echo(f"    --option {each.name}={each.default}   {each.help} ({each.range})")
+            typer.echo(_wrapped(f"--option {each.name}={each.default}   {each.help} ({each.range})", 4, 8))
         typer.echo()
 
 
-@app.command(epilog="[b]Example[/b]   vitexplain models 'vit_small*'")
+@app.command(epilog="[b]Example[/b]\n\nvitexplain models 'vit_small*'")
 def models(
-    pattern: Annotated[str, typer.Argument(help="Shell pattern of timm architecture names.")] = "*",
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of architecture names.")] = "*",
 ) -> None:
     """Lists the models that can be explained; each architecture is built (without weights) to find out."""
-    from .models.loading import EMBEDDED, list_architectures
+    from .models.loading import list_models
 
-    typer.echo(f"{EMBEDDED}   embedded: a small ViT trained on procedural scenes, works offline")
-    for name, note in list_architectures(pattern):
+    found = False
+    for name, note in list_models(pattern):
         typer.echo(f"{name}   {note}".rstrip())
+        found = True
+    if not found:
+        raise UnknownNameError(
+            f"no model that can be explained matches {pattern!r}; `vitexplain models` lists them all"
+        )
 
 
-@train_app.command(
-    "classifier",
-    epilog="[b]Example[/b]   vitexplain train classifier --output scenes.safetensors",
-)
+@train_app.command("classifier", epilog="[b]Example[/b]\n\nvitexplain train classifier --output scenes.safetensors")
 def train_classifier_command(
-    output: Annotated[Path, typer.Option(help="Weights to write (.safetensors); a .json of the same name goes along.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.  [default: the shipped recipe's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed.  [default: the shipped recipe's]")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Weights to write (.safetensors); a .json of the same name goes along."),
+    ],
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Training steps.  \\[default: the shipped recipe's]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed.  \\[default: the shipped recipe's]")] = None,
 ) -> None:
     """Trains the embedded scenes classifier from nothing, by the recipe of the shipped weights."""
     from .training.classifier import ClassifierSettings, train_classifier
@@ -180,43 +231,42 @@ def train_classifier_command(
     typer.echo(f"Test accuracy {record['accuracy']['test']:.1%}. Weights: {output.resolve()}")
 
 
-def _configured(names: list[str], options: list[str]) -> list[Any]:
-    """Each method with those of the options that it has; an option that none has is an error."""
-    from .registry import create_method, method_info
+def _say(text: str) -> None:
+    from tqdm import tqdm
 
-    given = dict(_assignment(each) for each in options)
-    infos = [method_info(name) for name in names]
-    known = {each.name for info in infos for each in info.options}
-    from .errors import UnknownNameError
-
-    for name in given:
-        if name not in known:
-            raise UnknownNameError.listing(f"option of {', '.join(info.name for info in infos)}", name, known)
-    return [
-        create_method(info.name, **{each.name: given[each.name] for each in info.options if each.name in given})
-        for info in infos
-    ]
+    tqdm.write(text, file=sys.stderr)  # around a progress bar, not through it
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"found {text!r}, expected NAME=VALUE", param_hint="--option")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
-    for kind in (int, float):
+class _SayHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
+
+
+@contextmanager
+def _spoken() -> Iterator[None]:
+    """Our warnings as one line each, every one of them, and our progress messages; other people's stay theirs."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, ExplanationWarning):
+            _say(f"warning: {' '.join(str(message).splitlines())}")
+        else:
+            before(message, category, *place, **more)
+
+    logger, handler = logging.getLogger("vitexplain"), _SayHandler()
+    level = logger.level
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+        warnings.simplefilter("always", ExplanationWarning)
+        warnings.showwarning = show
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
         try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
-def _numbers(name: str, text: str | None, kind: type, separator: str) -> tuple[Any, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(each) for each in text.split(separator))
-    except ValueError:
-        form = separator.join("123" if kind is int else "0.5" for _ in range(2 if kind is int else 3))
-        raise click.BadParameter(f"found {text!r}, expected numbers like {form}", param_hint=f"--{name}") from None
+def _wrapped(text: str, indent: int, further: int) -> str:
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * further)

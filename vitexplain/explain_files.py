@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from .errors import InputError
+from .errors import ExplanationWarning, ExportError, InputError, OptionError
 from .explainer import explain_with
 from .explanation import Explanation
-from .files import save_json, save_scores
-from .images import load_image
+from .files import distinct_names, make_folder, save_json, save_scores
 from .method import Method
 from .models.loading import LoadedModel
 from .render import save_png
 
+_MOST_LIKELY = 5
 
-def explain_files(
+
+def explain_to_folder(
     files: Sequence[Path],
     model: LoadedModel,
     methods: Sequence[Method],
@@ -30,104 +33,165 @@ def explain_files(
     output: Path,
     *,
     batch_size: int = 8,
+    on_failure: Callable[[InputError], object] | None = None,
 ) -> tuple[int, list[InputError]]:
     """Explains image files and writes ``NAME-METHOD-CLASS.png`` and ``.npy`` for each map, and ``NAME.json``.
+
+    NAME is the file's, without suffix; the second file of that name gets a number, and so does a method that is there
+    twice. Results of a batch are written before the next one is read; a record comes after the maps that it names.
 
     Args:
         files: the images.
         model: from `load_model`.
         methods: configured methods; one capture serves all.
         targets: class indices explained for every image; empty for each image's predicted class.
-        output: folder for the results.
+        output: folder for the results; results of an earlier run are replaced.
         batch_size: images at a time.
+        on_failure: called with each error as it happens.
 
     Returns:
         How many images were done, and an error for each that could not be read.
 
     Raises:
         TargetError: the model has no such class.
-        ExportError: a result cannot be written.
+        OptionError: no methods, or a batch size below 1.
+        ExportError: a result cannot be written, or would replace one of the images.
     """
-    about = {"model": model.identity(), "versions": _versions()}
-    names = _distinct_names(files)
+    if not methods or batch_size < 1:
+        raise OptionError(f"found {len(methods)} methods and batch_size={batch_size}, expected at least 1 of each")
+    writer = _Writer(make_folder(output), files, methods, {"model": model.identity(), "versions": _versions()})
+    targets = list(dict.fromkeys(targets))
     failures: list[InputError] = []
-    done = 0
     with tqdm(total=len(files), unit="image", disable=None) as progress:
         for start in range(0, len(files), batch_size):
-            readable: list[tuple[Path, Image.Image]] = []
-            for file in files[start : start + batch_size]:
+            readable: list[tuple[int, Path]] = []
+            inputs: list[Tensor] = []
+            for position, file in enumerate(files[start : start + batch_size], start):
                 try:
-                    readable.append((file, load_image(file)))
+                    # reduced to the model's input at once: a batch of large photographs would fill the memory
+                    inputs.append(model.preprocessing(file))
+                    readable.append((position, file))
                 except InputError as error:
                     failures.append(error)
                     progress.update()
+                    if on_failure is not None:
+                        on_failure(error)
             if not readable:
                 continue
-            target = torch.tensor([list(targets)] * len(readable)) if targets else None
-            explanations = explain_with(methods, model.subject, [picture for _, picture in readable], target)
-            for index, (file, _) in enumerate(readable):
-                _write(output, names[file], file, [each[index] for each in explanations], about)
-                done += 1
+            explanations = _explain(methods, model, torch.stack(inputs), targets, [file for _, file in readable])
+            for index, (position, file) in enumerate(readable):
+                writer.write(position, file, [each[index] for each in explanations])
                 progress.update()
-    return done, failures
+    return len(files) - len(failures), failures
 
 
-def _write(output: Path, name: str, file: Path, explanations: Sequence[Explanation], about: dict[str, Any]) -> None:
-    maps = []
-    pictures = explanations[0].pictures()
-    for explanation in explanations:
-        overlays = explanation.overlay(pictures)
-        scores = explanation.scores[0]
-        overlays, scores = (overlays, scores[None]) if explanation.scores.ndim == 3 else (overlays[0], scores)
-        classes = [] if explanation.targets is None else explanation.targets.reshape(-1).tolist()
-        diagnostics = {key: value.reshape(-1).tolist() for key, value in explanation.diagnostics.items()}
-        for k, label in enumerate(explanation.target_names()[0]):
-            stem = f"{name}-{explanation.method}-{classes[k]}"
-            maps.append(
-                {
-                    "method": explanation.method,
-                    "options": dict(explanation.options),
-                    "class": classes[k],
-                    "label": label,
-                    "probability": float(explanation.probabilities.reshape(-1)[k]),
-                    "scores": save_scores(scores[k], output / f"{stem}.npy").name,
-                    "overlay": save_png(overlays[k], output / f"{stem}.png").name,
-                    **{key: values[k] for key, values in diagnostics.items()},
-                }
+def _explain(
+    methods: Sequence[Method], model: LoadedModel, inputs: Tensor, targets: Sequence[int], files: Sequence[Path]
+) -> list[Explanation]:
+    """One batch; warnings about images by their number name the files instead."""
+    target = torch.tensor([list(targets)] * len(files)) if targets else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExplanationWarning)
+        explanations = explain_with(methods, model.subject, inputs.to(model.device), target)
+    for each in caught:
+        text = str(each.message)
+        if issubclass(each.category, ExplanationWarning):
+            text = re.sub(r"images \[([\d, ]+)\]", lambda found: _named(found[1], files), text)
+            warnings.warn(text, each.category, stacklevel=3)
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno, source=each.source)
+    return explanations
+
+
+def _named(numbers: str, files: Sequence[Path]) -> str:
+    return ", ".join(repr(str(files[int(number)])) for number in numbers.split(","))
+
+
+class _Writer:
+    """Writes the results of one image after another into a folder.
+
+    Args:
+        output: the folder.
+        files: all images of the run: their results get different names, and none of them is overwritten.
+        methods: in the order of the explanations.
+        about: what every record says.
+    """
+
+    def __init__(self, output: Path, files: Sequence[Path], methods: Sequence[Method], about: dict[str, Any]) -> None:
+        self.output = output
+        self.names = distinct_names([file.stem for file in files])
+        self.sources = {file.resolve() for file in files}
+        self.methods = methods
+        self.method_names = distinct_names([method.info.name for method in methods])
+        self.about = about
+
+    def write(self, position: int, file: Path, explanations: Sequence[Explanation]) -> None:
+        """Writes maps and record of one image; each explanation is a batch of one."""
+        name, first = self.names[position], explanations[0]
+        picture = first.pictures()
+        maps = [
+            record
+            for method, method_name, explanation in zip(self.methods, self.method_names, explanations, strict=True)
+            for record in self._maps(f"{name}-{method_name}", method, explanation, explanation.overlay(picture))
+        ]
+        record = {
+            "image": str(file),
+            "predicted": _predictions(first),
+            "patch_grid": list(first.grid),
+            "image_size": list(first.image_size),
+            "maps": maps,
+            **self.about,
+        }
+        save_json(record, self._place(f"{name}.json"))
+
+    def _maps(self, stem: str, method: Method, explanation: Explanation, overlays: Any) -> list[dict[str, Any]]:
+        if explanation.targets is None:
+            raise OptionError("found a target that is a function, expected classes: files are named by class")
+        grid, size = explanation.scores.shape[-2:], overlays.shape[-3:]
+        figures = {
+            "class": explanation.targets,
+            "probability": explanation.probabilities,
+            **explanation.diagnostics,
+        }
+        columns = {key: values.reshape(-1).tolist() for key, values in figures.items()}
+        return [
+            {
+                "method": explanation.method,
+                "options": dict(explanation.options),
+                "class_specific": method.info.class_specific,
+                "signed": explanation.signed,
+                "label": label,
+                **{key: values[k] for key, values in columns.items()},
+                "scores": save_scores(scores, self._place(f"{stem}-{columns['class'][k]}.npy")).name,
+                "overlay": save_png(overlay, self._place(f"{stem}-{columns['class'][k]}.png")).name,
+            }
+            for k, (label, scores, overlay) in enumerate(
+                zip(
+                    explanation.target_names()[0],
+                    explanation.scores.reshape(-1, *grid),
+                    overlays.reshape(-1, *size),
+                    strict=True,
+                )
             )
-    first = explanations[0]
-    record = {
-        "image": str(file),
-        "predicted": _predictions(first),
-        "patch_grid": list(first.grid),
-        "image_size": list(first.image_size),
-        "maps": maps,
-        **about,
-    }
-    save_json(record, output / f"{name}.json")
+        ]
+
+    def _place(self, name: str) -> Path:
+        path = self.output / name
+        if path.resolve() in self.sources:
+            raise ExportError(
+                f"{str(path)!r} is one of the images and would be overwritten by a result; choose another output folder"
+            )
+        return path
 
 
-def _predictions(explanation: Explanation, count: int = 5) -> list[dict[str, Any]]:
+def _predictions(explanation: Explanation) -> list[dict[str, Any]]:
     probabilities = explanation.logits[0].float().softmax(0)
-    top = probabilities.topk(min(count, len(probabilities)))
+    top = probabilities.topk(min(_MOST_LIKELY, len(probabilities)))
     labels = explanation.labels
     return [
         {"class": index, "label": labels[index] if labels else f"class {index}", "probability": probability}
         for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
-
-
-def _distinct_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for each file's results; files of one stem in several folders or formats are numbered."""
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for file in files:
-        name, number = file.stem, 2
-        while name in taken:
-            name, number = f"{file.stem}-{number}", number + 1
-        taken.add(name)
-        names[file] = name
-    return names
 
 
 def _versions() -> dict[str, str]:

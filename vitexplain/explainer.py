@@ -134,7 +134,9 @@ class Explainer:
         scores = self(inputs, target).scores
         if scores.ndim != 3:
             raise TargetError(f"found {scores.shape[1]} targets an image, expected one: attribute gives one map")
-        return upsample(scores, (inputs.shape[-2], inputs.shape[-1]), "bilinear")[:, None].expand_as(inputs)
+        return upsample(scores, (inputs.shape[-2], inputs.shape[-1]), "bilinear")[:, None].repeat(
+            1, inputs.shape[1], 1, 1
+        )
 
 
 def explain_with(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from .attention import AttentionOperands, RowTile, propagate, row_tiles, widen
 from .errors import CaptureError
-from .models.adapter import ModelAdapter
+from .models.adapter import BlockModules, ModelAdapter
 
 State = Literal["in", "attention_input", "mid", "mlp", "out"]
 """A token state of one block, (B, N, D): ``in`` entering the block; ``attention_input`` after the first norm;
@@ -66,12 +67,16 @@ class BlockRecord:
     Attributes:
         index: zero-based position of the block.
         adapter: the adapter of the borrowed model.
+        modules: where the block is tapped.
+        watched: attention was asked for.
     """
 
     index: int
     adapter: ModelAdapter = field(repr=False)
-    _operands: AttentionOperands | None = field(default=None, repr=False)
-    _output_gradient: Tensor | None = field(default=None, repr=False)
+    modules: BlockModules = field(repr=False)
+    watched: bool = field(default=False, repr=False)
+    _calls: list[AttentionOperands] = field(default_factory=list, repr=False)
+    _output_gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _states: dict[State, Tensor] = field(default_factory=dict, repr=False)
     _state_gradients: dict[State, Tensor] = field(default_factory=dict, repr=False)
 
@@ -81,6 +86,8 @@ class BlockRecord:
         Raises:
             CaptureError: it was not asked for in `Needs`.
         """
+        if kind == "mlp" and self.modules.mlp is None and "out" in self._states:
+            return self.state("out") - self.state("mid")
         return widen(self._present(self._states.get(kind), f"token state {kind!r}", f"states={{{kind!r}}}"))
 
     def state_gradient(self, kind: State) -> Tensor:
@@ -92,15 +99,26 @@ class BlockRecord:
         what = f"the gradient of token state {kind!r}"
         return widen(self._present(self._state_gradients.get(kind), what, f"state_gradients={{{kind!r}}}"))
 
-    @property
+    @cached_property
     def operands(self) -> AttentionOperands:
-        """q, k, v (B, H, N, dh), scale and bias of the attention."""
-        return self._present(self._operands, "attention", "attention=True")
+        """q, k, v (B, H, N, dh), scale and bias of the attention.
+
+        Raises:
+            CaptureError: attention was not asked for in `Needs`, or the block did not compute any that could be seen.
+        """
+        if not self._calls and self.watched:
+            raise CaptureError(
+                f"block {self.index}'s attention ({type(self.modules.attention).__name__}) called neither "
+                "scaled_dot_product_attention nor multi_head_attention_forward, so there is nothing to read: use an "
+                "implementation that does, or a method without attention such as gradcam"
+            )
+        return self.modules.combination.operands(self._present(self._calls or None, "attention", "attention=True"))
 
     @property
     def output_gradient(self) -> Tensor:
         """dy/dO (B, H, N, dh), O being the attention output before the output projection."""
-        return self._present(self._output_gradient, "the gradient of attention", "attention_gradient=True")
+        found = self._present(self._output_gradients or None, "the gradient of attention", "attention_gradient=True")
+        return self.modules.combination.output_gradient([found[index] for index in sorted(found)])
 
     @property
     def output_weight(self) -> Tensor:
@@ -122,11 +140,15 @@ class BlockRecord:
 
     def tiles(self) -> Iterator[RowTile]:
         """All query rows in order, as tiles of attention and its gradient."""
-        return (RowTile(self.operands, self._output_gradient, rows) for rows in row_tiles(self.operands))
+        return (RowTile(self.operands, self._gradient_or_none, rows) for rows in row_tiles(self.operands))
 
     def propagate(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
         """`row` (B, N) times the matrix that `weigh` makes of this block's attention; see `attention.propagate`."""
-        return propagate(row, self.operands, weigh, output_gradient=self._output_gradient)
+        return propagate(row, self.operands, weigh, output_gradient=self._gradient_or_none)
+
+    @property
+    def _gradient_or_none(self) -> Tensor | None:
+        return self.output_gradient if self._output_gradients else None
 
     def _present(self, value: _Value | None, what: str, need: str) -> _Value:
         if value is None:

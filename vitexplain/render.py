@@ -6,7 +6,6 @@ Scores and heatmaps are tensors and stay on their device; what is drawn are uint
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from vitexplain.colormaps import COLORMAPS, SIGNED_COLORMAP, UNSIGNED_COLORMAP, color_table
 from vitexplain.errors import ExportError, InputError, OptionError
+from vitexplain.files import write_whole
 
 __all__ = [
     "COLORMAPS",
@@ -235,21 +235,14 @@ def save_png(image: Image.Image | Pixels, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ExportError(f"cannot write {str(target)!r}: found suffix {target.suffix!r}, expected '.png'.")
-    temporary = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
-            picture.save(temporary, format="PNG")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError, TypeError) as error:
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
+    except (ValueError, TypeError) as error:
         raise ExportError(
-            f"cannot write {str(target)!r}: {type(error).__name__}: {error}. Check that the folder can be written to "
-            f"and has room, and that the image is uint8 (H, W, 3)."
+            f"cannot write {str(target)!r}: {type(error).__name__}: {error}. Expected a Pillow image, or uint8 (H, W), "
+            "(H, W, 3) or (H, W, 4)."
         ) from error
-    return target
+    return write_whole(target, lambda file: picture.save(file, format="PNG"))
 
 
 def _range(groups: Tensor, signed: bool, percentile: float) -> tuple[Tensor, Tensor]:

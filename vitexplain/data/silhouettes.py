@@ -36,7 +36,8 @@ class _Sheet:
     @staticmethod
     def _pixels(points: Sequence[tuple[float, float]] | FloatArray) -> NDArray[np.int32]:
         scaled = (np.asarray(points, np.float64) * 0.45 + 0.5) * _RESOLUTION * 2**_FRACTION_BITS
-        return np.round(scaled).astype(np.int32)
+        pixels: NDArray[np.int32] = np.round(scaled).astype(np.int32)
+        return pixels
 
     def polygon(self, points: Sequence[tuple[float, float]] | FloatArray, erase: bool = False) -> None:
         """Fills a polygon, or cuts it out."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import math
+from typing import cast
 
 import cv2
 import numpy as np
@@ -32,7 +33,8 @@ def _clouds(rng: np.random.Generator, coarsest: int, octaves: int, persistence: 
 
 def _stretched(field: NDArray[np.floating]) -> FloatImage:
     low, high = np.percentile(field, (1, 99))
-    return np.clip((field - low) / (high - low), 0, 1).astype(np.float32)
+    stretched: FloatImage = np.clip((field - low) / (high - low), 0, 1).astype(np.float32)
+    return stretched
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,8 +74,7 @@ def _crop(
     top, left = int(rng.integers(0, _BANK_SIDE - height + 1)), int(rng.integers(0, _BANK_SIDE - width + 1))
     piece = bank[index, top : top + height, left : left + width]
     piece = np.ascontiguousarray(piece[:: 1 - (turn & 2), :: 1 - 2 * (turn & 1)])
-    resized: FloatImage = cv2.resize(piece, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
-    return resized
+    return cast("FloatImage", cv2.resize(piece, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR))
 
 
 def cloud(rng: np.random.Generator, size: int) -> FloatImage:
@@ -121,7 +122,8 @@ def surface(
     grain = _crop(rng, _texture_bank(), shape, 48 / size, 160 / size) - np.float32(0.5)
     partner = np.float32(0.5) * (tint + colour(rng))
     direction = (partner - tint + np.float32(rng.uniform(-0.5, 0.5))) * np.float32(roughness)
-    return tint[:, None, None] + grain * direction[:, None, None]
+    planes: FloatImage = tint[:, None, None] + grain * direction[:, None, None]
+    return planes
 
 
 def whole(size: int) -> tuple[slice, slice]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..attention import Combination
+from ..borrowing import attributes_set
 from ..errors import InputError, UnsupportedModelError
 
 
@@ -19,7 +22,8 @@ class BlockModules:
         attention: scaled dot-product attention is called inside it, once.
         attention_input: its output is state ``attention_input``.
         mid: its input is state ``mid``.
-        mlp: its output is state ``mlp``.
+        mlp: its output is state ``mlp``; without one, that is ``out`` minus ``mid``.
+        combination: how several attention calls of the block make one.
     """
 
     block: nn.Module
@@ -27,6 +31,7 @@ class BlockModules:
     attention_input: nn.Module | None = None
     mid: nn.Module | None = None
     mlp: nn.Module | None = None
+    combination: Combination = field(default_factory=Combination)
 
 
 class ModelAdapter(ABC):
@@ -36,14 +41,16 @@ class ModelAdapter(ABC):
     instance may be passed wherever a model is expected.
 
     Attributes:
-        model: the borrowed model, called as ``model(images) -> logits (B, C)``.
+        model: the borrowed model.
         blocks: where each block is tapped, in forward order.
         num_prefix_tokens: tokens before the patch tokens (CLS, DIST, registers).
+        pool: the attention pool that reads the final tokens; its attention is then the seed row. None for other heads.
     """
 
     model: nn.Module
     blocks: tuple[BlockModules, ...]
     num_prefix_tokens: int
+    pool: BlockModules | None = None
 
     @abstractmethod
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -82,9 +89,26 @@ class ModelAdapter(ABC):
     def num_channels(self) -> int:
         """Channels of an input image."""
 
-    def fused_switches(self) -> list[nn.Module]:
-        """Attention modules with a `fused_attn` switch."""
-        return [taps.attention for taps in self.blocks if hasattr(taps.attention, "fused_attn")]
+    def logits(self, images: Tensor) -> Tensor:
+        """Runs the model once: images (B, channels, H, W) to logits (B, C).
+
+        Raises:
+            UnsupportedModelError: the model's output is no such tensor.
+        """
+        output = self.model(images)
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UnsupportedModelError(
+                f"the model returned {found}; expected logits of shape (B, C), one row an image. Wrap it in a module "
+                "that returns such scores"
+            )
+        return output
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """What the family needs while it is captured, put back on leaving: here, fused attention switched on."""
+        modules = [each.attention for each in (*self.blocks, *([self.pool] if self.pool else []))]
+        return attributes_set([each for each in modules if hasattr(each, "fused_attn")], "fused_attn", True)
 
     def check_images(self, images: Tensor) -> Tensor:
         """Images as the model takes them: (B, channels, H, W), on its device, in its precision.

@@ -29,8 +29,8 @@ from torch import nn
 from ..data.scenes import CLASS_NAMES, MEAN, SIZE, SPLITS, STD, make_scene, normalise
 from ..errors import InputError, VitExplainError
 from ..models.embedded import build_model
-from .recipe import ClassifierSettings
-from .scene_batches import NO_OBJECT, PATCH, Batch, SceneBatches
+from .recipe import PATCH, ClassifierSettings
+from .scene_batches import NO_OBJECT, Batch, SceneBatches
 
 __all__ = ["ClassifierSettings", "accuracy", "train_classifier"]
 

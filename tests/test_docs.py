@@ -1,0 +1,51 @@
+"""What the documents say is true: tables equal the registry, examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitexplain import list_methods, method_info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def methods_table() -> str:
+    """The README's table of methods, from the registry."""
+    rows = ["| name | method | class-specific | passes | paper |", "|---|---|---|---|---|"]
+    for name in list_methods():
+        info = method_info(name)
+        rows.append(f"| `{name}` | {info.title} | {'yes' if info.class_specific else 'no'} | {info.passes} | {info.paper} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_methods_is_the_registry() -> None:
+    text = (ROOT / "README.md").read_text()
+    written = text.split("<!-- methods -->\n")[1].split("\n<!-- end of methods -->")[0]
+    assert written == methods_table(), f"paste this into README.md:\n{methods_table()}"
+
+
+def test_pictures_and_links_exist() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name} points to {link}"
+
+
+@pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)).save("photo.jpg")
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert Path("explained.png").stat().st_size > 0
+    assert names["tokentm"].scores.shape == (4, 14, 14)

@@ -1,0 +1,138 @@
+"""The attention tap: sees attention where it is computed, whoever computes it.
+
+A `TorchFunctionMode` is asked about every torch call of the forward. Calls of `scaled_dot_product_attention` inside
+watched modules are handed on with their arguments; the fused kernel has run as usual. A call of
+`multi_head_attention_forward` (what `nn.MultiheadAttention` computes with) hides its attention from every mode, so it
+is computed here from the same arguments: input projection, `scaled_dot_product_attention`, output projection.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .attention import AttentionOperands
+from .errors import CaptureError
+
+Seen = Callable[[AttentionOperands, Tensor], Tensor]
+"""Takes the operands and output (B, H, N, dh) of one attention call; returns what the model goes on with."""
+
+_SDPA_DEFAULTS = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+_SDPA = inspect.Signature(
+    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("query", "key", "value")]
+    + [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for name, default in _SDPA_DEFAULTS.items()
+    ]
+)
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+
+
+class AttentionTap(TorchFunctionMode):
+    """Hands the attention calls inside watched modules on; calls elsewhere pass untouched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: list[Seen] = []
+
+    def watch(self, module: nn.Module, seen: Seen) -> list[RemovableHandle]:
+        """Hands calls inside a module to `seen`; the innermost watched module counts."""
+
+        def enter(*_: Any) -> None:
+            self._inside.append(seen)
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._inside and func is F.scaled_dot_product_attention:
+            return self._inside[-1](_operands(*args, **(kwargs or {})), func(*args, **(kwargs or {})))
+        if self._inside and func is F.multi_head_attention_forward:
+            return _multi_head(self._inside[-1], *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _operands(*args: Any, **kwargs: Any) -> AttentionOperands:
+    bound = _SDPA.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    q, k, v = (call[name].detach() for name in ("query", "key", "value"))
+    if call["enable_gqa"]:
+        k, v = (tensor.repeat_interleave(q.shape[-3] // tensor.shape[-3], dim=-3) for tensor in (k, v))
+    bias = call["attn_mask"]
+    if call["is_causal"]:
+        bias = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scale = q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
+    return AttentionOperands(q, k, v, float(scale), None if bias is None else bias.detach())
+
+
+def _multi_head(seen: Seen, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    bound = _MULTI_HEAD.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    unusual = [name for name in ("bias_k", "bias_v", "static_k", "static_v") if call[name] is not None]
+    if unusual or call["add_zero_attn"]:
+        raise CaptureError(
+            f"nn.MultiheadAttention is used with {', '.join(unusual) or 'add_zero_attn'}, which adds tokens that are no "
+            "part of the image; expected plain self-attention or attention pooling"
+        )
+    heads, inputs = call["num_heads"], [call[name] for name in ("query", "key", "value")]  # each (N, B, D)
+    unbatched = inputs[0].ndim == 2
+    if unbatched:
+        inputs = [each[:, None] for each in inputs]
+    if call["use_separate_proj_weight"]:
+        weights = [call[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        weights = call["in_proj_weight"].chunk(3)
+    biases = [None] * 3 if call["in_proj_bias"] is None else call["in_proj_bias"].chunk(3)
+    q, k, v = (
+        F.linear(each, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        for each, weight, bias in zip(inputs, weights, biases, strict=True)
+    )
+    bias = _merged_mask(call["attn_mask"], call["key_padding_mask"], q)
+    output = seen(_operands(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, bias))
+    output = F.linear(output.permute(2, 0, 1, 3).flatten(2), call["out_proj_weight"], call["out_proj_bias"])
+    weights_out = None
+    if call["need_weights"]:
+        weights_out = _operands(q, k, v, bias).probabilities().to(q.dtype)
+        weights_out = weights_out.mean(1) if call["average_attn_weights"] else weights_out
+    if unbatched:
+        output, weights_out = output[:, 0], None if weights_out is None else weights_out[0]
+    return output, weights_out
+
+
+def _merged_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """One additive bias that broadcasts to (B, H, N, N) from both masks; True hides, in a boolean one of this API."""
+    batch, heads = q.shape[:2]
+    merged: Tensor | None = None
+    if attention is not None:
+        merged = _additive(attention, q.dtype)
+        if merged.ndim == 3:  # (B·H, N, N)
+            merged = merged.unflatten(0, (batch, heads))
+    if padding is not None:  # (B, N)
+        hidden = _additive(padding, q.dtype)[:, None, None, :]
+        merged = hidden if merged is None else merged + hidden
+    return merged
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+    return mask.to(dtype)
