@@ -40,5 +40,5 @@ class GenericAttention(ResidualMethod):
 
 
 def positive_gradient_attention(tile: RowTile) -> Tensor:
-    """(G)+ ∘ A (B, H, T, N); the same as (G∘A)+ since attention is never negative."""
-    return tile.gradient.clamp(min=0).mul_(tile.attention)
+    """(G∘A)+ (B, H, T, N); where attention is never negative, the same as (G)+ ∘ A."""
+    return (tile.gradient * tile.attention).clamp_(min=0)

@@ -46,7 +46,7 @@ class Rollout(ProductMethod):
         """`row` · Â of this block."""
         fuse = _FUSE[self.head_fusion]
         if self.discard_ratio == 0 and self.normalisation == "row":
-            if self.head_fusion == "mean":  # rows of a mean over heads sum to 1 as they are
+            if self.head_fusion == "mean" and block.operands.stochastic:  # a mean of distributions is one
                 product = block.propagate(row, lambda tile: tile.attention).mean(1)
                 return (1 - self.residual) * product + self.residual * row
             return block.propagate(row, lambda tile: self._factor(fuse(tile.attention, 1), tile.rows))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, make_images, make_model
+from families import EXACT_STATES, FAMILIES, NOT_DEFINED, make_images, make_model
 from torch import Tensor, nn
 
 from vitexplain import list_methods
@@ -16,11 +16,6 @@ from vitexplain import list_methods
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny tensors: threads only contend
-
-
-@pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture
@@ -34,9 +29,17 @@ def images(family: str) -> Tensor:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for every method of the registry: adding one adds its tests."""
-    if "method" in metafunc.fixturenames:
+    """A test that takes `method` runs for every method, one that takes `family`, `model` or `images` for every family."""
+    by_method = "method" in metafunc.fixturenames
+    by_family = "family" in metafunc.fixturenames
+    families = EXACT_STATES if metafunc.definition.get_closest_marker("exact_states") else sorted(FAMILIES)
+    if by_method and by_family:
+        pairs = [(m, f) for m in list_methods() for f in families if (m, f) not in NOT_DEFINED]
+        metafunc.parametrize(("method", "family"), pairs)
+    elif by_method:
         metafunc.parametrize("method", list_methods())
+    elif by_family:
+        metafunc.parametrize("family", families)
 
 
 def _folder(variable: str) -> Path:

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 SIZE = (32, 48)
@@ -23,12 +33,13 @@ class Family:
         grid: its patch grid for images of `size`.
         prefix: its prefix tokens.
         size: image size (H, W).
-        pooling: the weight (N,) with which its head reads each token, written down by hand.
+        pooling: the weight (N,) with which its head reads each token, written down by hand; None where it depends
+            on the image.
     """
 
     build: Callable[[], nn.Module]
     prefix: int
-    pooling: Callable[[int], Tensor]
+    pooling: Callable[[int], Tensor] | None
     grid: tuple[int, int] = (4, 6)
     size: tuple[int, int] = SIZE
 
@@ -41,8 +52,20 @@ def _mean(prefix: int) -> Callable[[int], Tensor]:
     return lambda count: torch.tensor([0.0] * prefix + [1 / (count - prefix)] * (count - prefix))
 
 
+def _small(kind: type[nn.Module], **options: object) -> Callable[[], nn.Module]:
+    return lambda: kind(**{"img_size": SIZE, **DIMENSIONS, **options})
+
+
 def _vit(**options: object) -> Callable[[], nn.Module]:
-    return lambda: VisionTransformer(**{"img_size": SIZE, **DIMENSIONS, **options})
+    return _small(VisionTransformer, **options)
+
+
+def _eva(**options: object) -> Callable[[], nn.Module]:
+    return _small(Eva, **options)
+
+
+def _naflex() -> nn.Module:
+    return NaFlexVit(NaFlexVitCfg(patch_size=8, embed_dim=24, depth=3, num_heads=3, reg_tokens=2, global_pool="avg"), num_classes=7)
 
 
 FAMILIES: dict[str, Family] = {
@@ -56,7 +79,38 @@ FAMILIES: dict[str, Family] = {
         lambda count: torch.tensor([0.5, 0.5] + [0.0] * (count - 2)),
     ),
     "dynamic": Family(_vit(dynamic_img_size=True, drop_path_rate=0.2, attn_drop_rate=0.2), 1, _cls, (5, 3), (40, 24)),
+    "attention_pool": Family(_vit(global_pool="map", class_token=False, reg_tokens=1), 1, None),
+    "post_norm": Family(_vit(block_fn=ResPostBlock, init_values=1e-5), 1, _cls),
+    "parallel": Family(_vit(block_fn=ParallelScalingBlock, class_token=False, global_pool="avg"), 0, _mean(0)),
+    "differential": Family(_vit(block_fn=DiffParallelScalingBlock), 1, _cls),
+    "several_attentions": Family(_vit(block_fn=ParallelThingsBlock), 1, _cls),
+    "eva": Family(_eva(), 1, _mean(1)),
+    "eva_rope": Family(
+        _eva(num_reg_tokens=3, global_pool="token", use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True), 4, _cls
+    ),
+    "eva_rope_mixed": Family(
+        _eva(use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", use_abs_pos_emb=False, init_values=0.4),
+        1,
+        _mean(1),
+    ),
+    "beit": Family(_small(Beit, init_values=0.4, use_abs_pos_emb=False, use_rel_pos_bias=True), 1, _mean(1)),
+    "beit_shared_bias": Family(
+        _small(Beit, global_pool="token", use_shared_rel_pos_bias=True, init_values=None), 1, _cls
+    ),
+    "relative_positions": Family(_small(VisionTransformerRelPos, class_token=False), 0, _mean(0)),
+    "naflex": Family(_naflex, 2, _mean(2), (5, 3), (40, 24)),
 }
+
+EXACT_STATES = ("cls", "registers", "mean_pooled", "mean_pooled_with_cls", "distilled", "dynamic")
+"""Families of timm's plain pre-norm block, on which methods are compared with the slow references."""
+
+NOT_DEFINED: dict[tuple[str, str], str] = {
+    ("tokentm", "post_norm"): "heads pass a norm before they join the stream",
+    ("tokentm", "parallel"): "attention and feed-forward leave the block as one sum",
+    ("tokentm", "differential"): "attention and feed-forward leave the block as one sum",
+    ("tokentm", "several_attentions"): "a token has several values in one block",
+}
+"""Methods that a family's mathematics does not allow, and why; they must raise `UnsupportedModelError`."""
 
 
 def make_model(family: str) -> nn.Module:
@@ -67,7 +121,7 @@ def make_model(family: str) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
                 parameter.copy_(torch.randn_like(parameter) * (0.4 if "qkv" in name else 0.25))
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "bias_table")):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 

@@ -52,6 +52,7 @@ def test_every_method_has_a_reference_and_options_to_try() -> None:
         assert not untried, f"options of {name} that no reference test varies: {untried}"
 
 
+@pytest.mark.exact_states
 def test_method_equals_its_reference(method: str, family: str) -> None:
     # float64 on both sides: what is left is the algorithm
     model, images = make_model(family).double(), make_images(family).double()
@@ -121,6 +122,7 @@ def test_maps_known_on_paper(paper_model: nn.Module, target: int) -> None:
         torch.testing.assert_close(explanation.scores[0, 0], scores, rtol=1e-5, atol=1e-6, msg=lambda m: f"{method}: {m}")  # noqa: B023
 
 
+@pytest.mark.exact_states
 def test_tokentm_without_its_weights_is_generic_attention(family: str) -> None:
     model, images = make_model(family), make_images(family)
     plain = {"length": False, "direction": False, "initialisation": False, "feed_forward": False}
@@ -130,6 +132,7 @@ def test_tokentm_without_its_weights_is_generic_attention(family: str) -> None:
     )
 
 
+@pytest.mark.exact_states
 def test_rollout_is_a_distribution(family: str) -> None:
     """Rows of every factor sum to 1, so the seed row's mass is kept: patches and prefix tokens share 1."""
     explanation = get_explainer("rollout", make_model(family))(make_images(family))

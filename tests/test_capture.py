@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, make_images, make_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vitexplain import BlockRecord, Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt
@@ -27,21 +28,34 @@ def eager(model: nn.Module, images: Tensor, target: int) -> tuple[list[Tensor], 
     def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         kept.append(arguments[0])
 
-    handles = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in model.blocks]
-    fused = [block.attn.fused_attn for block in model.blocks]
-    for block in model.blocks:
-        block.attn.fused_attn = False
+    dropouts = [module for name, module in model.blocks.named_modules() if name.endswith("attn_drop")]
+    handles = [dropout.register_forward_pre_hook(keep) for dropout in dropouts]
+    switches = [module for module in model.blocks.modules() if hasattr(module, "fused_attn")]
+    for module in switches:
+        module.fused_attn = False
     score = model(images)[:, target].sum()
-    for block, before in zip(model.blocks, fused, strict=True):
-        block.attn.fused_attn = before
+    for module in switches:
+        module.fused_attn = True
     for handle in handles:
         handle.remove()
-    return [each.detach() for each in kept], list(torch.autograd.grad(score, kept))
+    gradients = list(torch.autograd.grad(score, kept))
+    attention = [each.detach() for each in kept]
+    if len(attention) == 2 * len(model.blocks):  # two attentions a block, side by side
+        attention, gradients = (
+            [torch.cat(pair, dim=1) for pair in zip(each[::2], each[1::2], strict=True)]
+            for each in (attention, gradients)
+        )
+    if isinstance(model.blocks[0], DiffParallelScalingBlock):  # heads in pairs: A₁ - λ A₂
+        weights = [block._compute_lambda().item() for block in model.blocks]
+        pairs = [each.unflatten(1, (-1, 2)) for each in attention]
+        attention = [each[:, :, 0] - weight * each[:, :, 1] for each, weight in zip(pairs, weights, strict=True)]
+        gradients = [each.unflatten(1, (-1, 2))[:, :, 0] for each in gradients]
+    return attention, gradients
 
 
 def test_attention_equals_eager_and_gradients_equal_autograd(model: nn.Module, images: Tensor) -> None:
     attention, gradients = eager(model, images, 3)
-    with Capture(model, EVERYTHING) as capture:
+    with Capture(model, Needs(attention_gradient=True)) as capture:
         capture.backward(capture.forward(images)[:, 3].sum())
     for block, expected, expected_gradient in zip(capture.blocks, attention, gradients, strict=True):
         torch.testing.assert_close(block.attention(), expected, rtol=0, atol=1e-5)
@@ -49,6 +63,7 @@ def test_attention_equals_eager_and_gradients_equal_autograd(model: nn.Module, i
         torch.testing.assert_close(block.attention_gradient(), expected_gradient, rtol=1e-4, atol=1e-4 * scale)
 
 
+@pytest.mark.exact_states
 def test_states_are_those_of_the_model(model: nn.Module, images: Tensor) -> None:
     expected: list[dict[str, Tensor]] = [{} for _ in model.blocks]
 
@@ -77,6 +92,7 @@ def test_states_are_those_of_the_model(model: nn.Module, images: Tensor) -> None
         torch.testing.assert_close(model.blocks[index].norm1(block.state("in")), block.state("attention_input"))
 
 
+@pytest.mark.exact_states
 def test_heads_add_up_to_the_residual_update(model: nn.Module, images: Tensor) -> None:
     """Σ_h A_h v_h W_O^h, with the value bias and without the output bias, is what attention adds to the stream."""
     with Capture(model, EVERYTHING) as capture:
@@ -92,6 +108,7 @@ def test_heads_add_up_to_the_residual_update(model: nn.Module, images: Tensor) -
         torch.testing.assert_close(block.operands.v, values, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.exact_states
 def test_state_gradients_equal_autograd(model: nn.Module, images: Tensor) -> None:
     kept: list[Tensor] = []
     handle = model.blocks[1].norm1.register_forward_hook(lambda *call: kept.append(call[2]))
@@ -104,13 +121,30 @@ def test_state_gradients_equal_autograd(model: nn.Module, images: Tensor) -> Non
 
 def test_seed_row_follows_the_head(family: str, model: nn.Module, images: Tensor) -> None:
     """The seed equals the pooling written down by hand, and the gradient of the final tokens agrees."""
-    count = FAMILIES[family].prefix + 24 if family != "dynamic" else FAMILIES[family].prefix + 15
-    expected = FAMILIES[family].pooling(count)
-    torch.testing.assert_close(adapt(model).seed(count), expected)
+    count = FAMILIES[family].prefix + math.prod(FAMILIES[family].grid)
+    if FAMILIES[family].pooling is None:
+        expected = pool_attention(model, images)
+    else:
+        expected = FAMILIES[family].pooling(count)
+        torch.testing.assert_close(adapt(model).seed(count), expected)
     with Capture(model, Needs(state_gradients=frozenset({"out"}), from_block=2)) as capture:
         capture.backward(capture.forward(images).sum())
+    with Capture(model, Needs(attention=True)) as attended:
+        attended.forward(images)
+    torch.testing.assert_close(attended.seed_row(), expected.expand(2, -1))
     reached = capture.blocks[-1].state_gradient("out").abs().sum((0, 2)) > 0
-    assert reached.tolist() == (expected > 0).tolist()
+    assert reached.tolist() == (expected > 0).reshape(-1, count).any(0).tolist()
+
+
+def pool_attention(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, N): softmax of the latent's queries on the final patch tokens, by hand."""
+    pool = model.attn_pool
+    tokens = model.forward_features(images)[:, model.num_prefix_tokens :]
+    heads = (pool.num_heads, pool.head_dim)
+    queries = pool.q(pool.latent).unflatten(-1, heads).transpose(1, 2)
+    keys = pool.kv(tokens)[..., : pool.latent.shape[-1]].unflatten(-1, heads).transpose(1, 2)
+    weights = (queries @ keys.transpose(-2, -1) * pool.scale).softmax(-1).mean((1, 2))
+    return F.pad(weights, (model.num_prefix_tokens, 0)).detach()
 
 
 def test_the_graph_starts_at_the_first_needed_block(model: nn.Module, images: Tensor) -> None:
@@ -186,7 +220,7 @@ def test_attention_outside_the_blocks_is_not_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("wrong", "message"),
     [
         (torch.zeros(3, 3, 16, 16), "expected 32×48"),
         (torch.zeros(2, 1, 32, 48), "expected a float tensor"),
@@ -196,9 +230,9 @@ def test_attention_outside_the_blocks_is_not_recorded() -> None:
         (torch.zeros(5), "expected a float tensor"),
     ],
 )
-def test_images_that_do_not_fit_are_named(images: Tensor, message: str) -> None:
+def test_images_that_do_not_fit_are_named(wrong: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message), Capture(make_model("cls"), Needs()) as capture:
-        capture.forward(images)
+        capture.forward(wrong)
 
 
 def test_image_sizes_that_no_patch_divides_are_refused() -> None:
@@ -207,19 +241,21 @@ def test_image_sizes_that_no_patch_divides_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("wrong", "message"),
     [(nn.Linear(2, 2), "no adapter for torch.nn.modules.linear.Linear"), ("vit", "found a str")],
 )
-def test_models_that_are_not_supported_are_named(model: Any, message: str) -> None:
+def test_models_that_are_not_supported_are_named(wrong: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        adapt(model)
+        adapt(wrong)
 
 
 def test_blocks_that_are_not_supported_are_named() -> None:
-    from timm.models.vision_transformer import ResPostBlock
+    class OwnBlock(nn.Identity):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__()
 
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, block_fn=ResPostBlock)
-    with pytest.raises(UnsupportedModelError, match="ResPostBlock"):
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, block_fn=OwnBlock)
+    with pytest.raises(UnsupportedModelError, match="OwnBlock; expected one of timm's: Block"):
         adapt(model)
 
 

@@ -55,6 +55,11 @@ class AttentionOperands:
         return self.q.shape[-2]
 
     @property
+    def stochastic(self) -> bool:
+        """Whether the rows of A sum to 1."""
+        return True
+
+    @property
     def num_keys(self) -> int:
         """N, the number of tokens attended to."""
         return self.k.shape[-2]
@@ -86,6 +91,11 @@ class DifferentialOperands(AttentionOperands):
 
     second: AttentionOperands | None = None
     weight: float = 0.0
+
+    @property
+    def stochastic(self) -> bool:
+        """False: rows sum to 1 - λ."""
+        return False
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """A₁ - λ A₂ (B, H, T, N)."""

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -85,7 +86,8 @@ class Capture:
     def seed_row(self) -> Tensor:
         """Where a rollout starts: the weight (B, N) with which the head reads each final token."""
         if self.pool is not None:
-            return self.pool.attention().mean((1, 2))
+            row = self.pool.attention().mean((1, 2))
+            return F.pad(row, (self.num_tokens - row.shape[1], 0))
         seed = self.adapter.seed(self.num_tokens).to(self.images.device)
         return seed.expand(len(self.images), -1)
 
@@ -157,7 +159,8 @@ class Capture:
 
     def _watch_state(self, kind: State, record: BlockRecord) -> RemovableHandle:
         modules = record.modules
-        module = modules.block if kind in ("in", "out") else getattr(modules, kind)
+        before_block = kind == "in" or (kind == "attention_input" and modules.attention_input is None)
+        module = modules.block if before_block or kind == "out" else getattr(modules, kind)
         if module is None:
             raise UnsupportedModelError(
                 f"a {type(modules.block).__name__} has no token state {kind!r} (block {record.index}); methods that read "
@@ -183,7 +186,7 @@ class Capture:
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             return (keep(output[0]), *output[1:]) if isinstance(output, tuple) else keep(output)
 
-        if kind in ("in", "mid"):
+        if before_block or kind == "mid":
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
@@ -212,10 +215,10 @@ class Capture:
     def _check_records(self) -> None:
         if not self.needs.any_attention:
             return
-        tokens = self.num_tokens
+        tokens, patches = self.num_tokens, self.grid[0] * self.grid[1]
         for record in [*self.blocks[self.needs.from_block :], *([self.pool] if self.pool else [])]:
             found = record.operands.num_keys
-            if found != tokens:
+            if found != tokens and not (record is self.pool and found == patches):
                 raise CaptureError(
                     f"block {record.index} attends over {found} tokens; expected {tokens} = "
                     f"{self.adapter.num_prefix_tokens} prefix tokens + {self.grid[0]}×{self.grid[1]} patches"

@@ -38,8 +38,7 @@ class _Commands(TyperGroup):
         except VitExplainError as error:
             _say(f"error: {' '.join(str(error).splitlines())}")
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-            cause = (str(error).splitlines() or [""])[0]
-            _say(f"error: out of memory ({type(error).__name__}: {cause}). Try a smaller --batch-size")
+            _say(f"error: out of memory ({type(error).__name__}). Try a smaller --batch-size")
         except KeyboardInterrupt:
             _say("interrupted; results finished before this are complete")
             raise typer.Exit(EXIT_INTERRUPTED) from None

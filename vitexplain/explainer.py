@@ -52,7 +52,7 @@ class Subject:
         from .preprocessing import Preprocessing
 
         adapter = adapt(model)
-        known = getattr(adapter.model, "pretrained_cfg", None) is not None
+        known = getattr(adapter.model, "pretrained_cfg", None) is not None and adapter.num_channels == 3
         return cls(adapter, Preprocessing.from_timm(adapter.model) if known else None)
 
     def prepare(self, images: Images) -> Tensor:

@@ -102,7 +102,8 @@ class Preprocessing:
         built_for = getattr(patch_embed, "img_size", None)
         if isinstance(built_for, (tuple, list)) and len(built_for) == 2:
             height, width = built_for
-        taken = getattr(getattr(patch_embed, "proj", None), "in_channels", channels)
+        stem = [] if patch_embed is None else [each for each in patch_embed.modules() if hasattr(each, "in_channels")]
+        taken = stem[0].in_channels if stem else channels
         if taken != 3 or len(config["mean"]) != 3:
             raise UnsupportedModelError(
                 f"the model takes {taken} channels, expected 3 (red, green, blue). Prepare its inputs yourself and "

@@ -41,11 +41,11 @@ def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
     module = unwrap(model)
     # a model of timm cannot exist before timm is imported, so the import costs nobody anything
     if "timm" in sys.modules:
-        from .timm_vit import TimmViTAdapter, is_timm_vit
+        from .timm_family import TimmAdapter, is_timm_transformer
 
-        if is_timm_vit(module):
-            return TimmViTAdapter(module)
+        if is_timm_transformer(module):
+            return TimmAdapter(module)
     raise UnsupportedModelError(
-        f"no adapter for {type(module).__module__}.{type(module).__name__}; supported: timm's VisionTransformer "
-        "(ViT, DeiT, registers, mean pooling). For another family, write a vitexplain.ModelAdapter and pass it"
+        f"no adapter for {type(module).__module__}.{type(module).__name__}; supported: timm's plain "
+        "transformers (VisionTransformer, Eva, Beit, VisionTransformerRelPos, NaFlexVit). For another family, write a vitexplain.ModelAdapter and pass it"
     )

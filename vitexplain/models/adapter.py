@@ -107,8 +107,9 @@ class ModelAdapter(ABC):
 
     def prepared(self) -> AbstractContextManager[None]:
         """What the family needs while it is captured, put back on leaving: here, fused attention switched on."""
-        modules = [each.attention for each in (*self.blocks, *([self.pool] if self.pool else []))]
-        return attributes_set([each for each in modules if hasattr(each, "fused_attn")], "fused_attn", True)
+        parts = [*self.blocks, *([self.pool] if self.pool else [])]
+        switches = {id(module): module for part in parts for module in part.attention.modules()}
+        return attributes_set([each for each in switches.values() if hasattr(each, "fused_attn")], "fused_attn", True)
 
     def check_images(self, images: Tensor) -> Tensor:
         """Images as the model takes them: (B, channels, H, W), on its device, in its precision.

@@ -13,6 +13,7 @@ from urllib.request import getproxies
 from torch import nn
 
 from ..errors import CheckpointError
+from .weights import first_line
 
 _ALTERNATIVES = (
     "Offline alternatives: the embedded model (scenes); weights in a file (checkpoint=FILE.safetensors, --checkpoint "
@@ -52,8 +53,7 @@ def fetch_pretrained(architecture: str) -> tuple[nn.Module, str]:
         with _quiet("huggingface_hub"):
             model: nn.Module = timm.create_model(architecture, pretrained=True)
     except Exception as error:  # the hub client raises many kinds, none of them ours
-        cause = (str(error).strip().splitlines() or [""])[0][:200]
-        raise _unreachable(architecture, f"{type(error).__name__}: {cause}") from error
+        raise _unreachable(architecture, first_line(error)) from error
     return model, f"hub:{repository}" if repository else "hub"
 
 

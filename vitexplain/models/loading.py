@@ -19,11 +19,20 @@ from ..preprocessing import Preprocessing
 from . import adapt
 from .hub import fetch_pretrained
 from .labels import find_class, imagenet_labels, read_labels
-from .weights import load_strictly, read_state
+from .weights import first_line, load_strictly, read_state
 
 EMBEDDED = "scenes"
 _PREFIX = "timm:"
-_TIMM_MODULES = ("vision_transformer", "deit")
+_TIMM_MODULES = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vitamin",
+    "deit",
+    "beit",
+    "eva",
+    "naflexvit",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +157,11 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
     Yields:
         Name as `load_model` takes it, and a note: "" if every method works, else what does not.
     """
-    import timm
-
     if fnmatch.fnmatch(EMBEDDED, pattern):
         yield EMBEDDED, "embedded: a small ViT trained on procedural scenes, works offline"
     for name in fnmatch.filter(_architectures(), pattern.removeprefix(_PREFIX)):
         try:
-            with torch.device("meta"):
-                model = timm.create_model(name, depth=1)
+            model = _without_weights(name)
             adapter = adapt(model)
         except UnsupportedModelError:
             continue
@@ -196,8 +202,7 @@ def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[n
         plain, _, tag = architecture.partition(".")
         tags = [each.partition(".")[2] for each in timm.list_models(f"{plain}.*", pretrained=True)]
         raise UnknownNameError.listing(f"pretrained tag of {plain}", tag, tags) from error
-    with torch.device("meta"):
-        adapt(timm.create_model(architecture))  # says so before anything is fetched, if it is not supported
+    adapt(_without_weights(architecture))  # says so before anything is fetched, if it is not supported
     if checkpoint is None:
         return fetch_pretrained(architecture)
     state = read_state(checkpoint)
@@ -206,6 +211,18 @@ def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[n
     model = timm.create_model(architecture, **options)
     load_strictly(model, state, str(checkpoint))
     return model, str(checkpoint)
+
+
+def _without_weights(architecture: str) -> nn.Module:
+    """The architecture, for looking at; of one block where it can be made so short."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            model: nn.Module = timm.create_model(architecture, depth=1)
+        except (TypeError, ValueError, AssertionError):
+            model = timm.create_model(architecture)
+    return model
 
 
 def _architectures() -> list[str]:
@@ -238,9 +255,8 @@ def _device(device: str | torch.device) -> torch.device:
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             there.append("mps")
-        cause = (str(error).strip().splitlines() or [""])[0][:100]
         raise OptionError(
-            f"the device {str(device)!r} cannot be used ({cause}); available: {', '.join(there)}"
+            f"the device {str(device)!r} cannot be used ({first_line(error)}); available: {', '.join(there)}"
         ) from error
     return place
 

@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 
 _WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+_OBJECTS = ("Unsupported global", "Unsupported class", "unrecognized function")  # how torch refuses them
 _EXPECTED = "expected a .safetensors file or a torch state dict (.pt, .pth, .bin)"
 
 
@@ -63,6 +64,12 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     model.load_state_dict(dict(state))
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of somebody else's error, to be quoted in one of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__
+
+
 def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
@@ -71,15 +78,15 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise kinds of their own on broken files
-        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and any(each in str(error) for each in _OBJECTS):
             raise CheckpointError(
                 f"{str(path)!r} holds Python objects besides tensors; reading them would run code from the file, so it "
                 "is refused. Save only model.state_dict(), best as .safetensors"
             ) from error
-        cause = "" if isinstance(error, pickle.UnpicklingError) else f": {str(error).splitlines()[0][:150]}"
+        # torch's first line for a failed unpickling is the advice to allow running code
+        cause = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(
-            f"{str(path)!r} cannot be read as weights, it may be cut short or of another format "
-            f"({type(error).__name__}{cause}); {_EXPECTED}"
+            f"{str(path)!r} cannot be read as weights, it may be cut short or of another format ({cause}); {_EXPECTED}"
         ) from error
 
 

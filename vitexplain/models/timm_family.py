@@ -1,0 +1,176 @@
+"""Adapter for timm's plain transformers: the families whose tokens stay one sequence from patch embedding to head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Differential, SideBySide
+from ..errors import InputError, UnsupportedModelError
+from .adapter import BlockModules, ModelAdapter
+
+
+def is_timm_transformer(model: nn.Module) -> bool:
+    """Whether the model is of a timm class that `TimmAdapter` knows: ViT, EVA, BEiT, RelPos ViT, NaFlexViT."""
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.naflexvit import NaFlexVit
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+
+    return isinstance(model, VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit)
+
+
+def _pre_norm(block: Any) -> BlockModules:
+    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+    branch = getattr(block, "ls2", None)
+    return BlockModules(block, block.attn, attention_input=block.norm1, mid=block.norm2, mlp=branch)
+
+
+def _post_norm(block: Any) -> BlockModules:
+    """x + norm1(attn(x)), then x + norm2(mlp(x))."""
+    return BlockModules(block, block.attn, mid=block.mlp, mlp=block.norm2)
+
+
+def _parallel(block: Any) -> BlockModules:
+    """x + ls(attention and feed-forward of in_norm(x)), computed by the block itself."""
+    return BlockModules(block, block, attention_input=block.in_norm)
+
+
+def _differential(block: Any) -> BlockModules:
+    """As `_parallel`, with differential attention."""
+
+    def weight() -> float:
+        return block._compute_lambda().item()
+
+    return BlockModules(block, block, attention_input=block.in_norm, combination=Differential(weight))
+
+
+def _several(block: Any) -> BlockModules:
+    """x + Σ attentions(x), then x + Σ feed-forwards(x)."""
+    return BlockModules(block, block, mid=block.ffns[0], combination=SideBySide())
+
+
+def _block_kinds() -> dict[type, Callable[[Any], BlockModules]]:
+    from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
+
+    return {
+        vision_transformer.Block: _pre_norm,
+        vision_transformer.ResPostBlock: _post_norm,
+        vision_transformer.ParallelScalingBlock: _parallel,
+        vision_transformer.DiffParallelScalingBlock: _differential,
+        vision_transformer.ParallelThingsBlock: _several,
+        vision_transformer_relpos.RelPosBlock: _pre_norm,
+        vision_transformer_relpos.ResPostRelPosBlock: _post_norm,
+        beit.Block: _pre_norm,
+        eva.EvaBlock: _pre_norm,
+        eva.EvaBlockPostNorm: _post_norm,
+    }
+
+
+class TimmAdapter(ModelAdapter):
+    """timm `VisionTransformer`, `Eva`, `Beit`, `VisionTransformerRelPos`, `NaFlexVit`; fused attention stays on.
+
+    Raises:
+        UnsupportedModelError: a block is of a kind that timm does not have.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._vit: Any = cast("Any", model)  # timm's attributes are not declared on nn.Module
+        self._embed: Any = getattr(model, "patch_embed", None) or self._vit.embeds
+        kinds = _block_kinds()
+        modules = []
+        for index, block in enumerate(self._vit.blocks):
+            describe = next((kinds[kind] for kind in type(block).__mro__ if kind in kinds), None)
+            if describe is None:
+                raise UnsupportedModelError(
+                    f"block {index} is a {type(block).__module__}.{type(block).__name__}; expected one of timm's: "
+                    f"{', '.join(kind.__name__ for kind in kinds)}. Write a ModelAdapter for it and pass that as the model"
+                )
+            modules.append(describe(block))
+        self.blocks = tuple(modules)
+        self.num_prefix_tokens = int(self._vit.num_prefix_tokens)
+        pool = getattr(model, "attn_pool", None)
+        if pool is not None and hasattr(pool, "latent"):
+            self.pool = BlockModules(pool, pool)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels that the patch embedding takes."""
+        for module in self._embed.modules():
+            if isinstance(module, nn.Conv2d):
+                return int(module.in_channels)
+        return int(getattr(self._embed, "in_chans", 3))
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch grid (h, w); any size for models with dynamic sizes, else the one size they take."""
+        height, width = self._embed.patch_size
+        fixed = getattr(self._embed, "img_size", None)
+        if getattr(self._vit, "dynamic_img_size", False) or fixed is None:
+            if not getattr(self._embed, "dynamic_img_pad", False) and (image_size[0] % height or image_size[1] % width):
+                raise InputError(
+                    f"found images of {image_size[0]}×{image_size[1]} pixels, expected multiples of the patch size "
+                    f"{height}×{width}: resize or crop them"
+                )
+            rows, columns = -(-image_size[0] // height), -(-image_size[1] // width)
+        else:
+            if tuple(image_size) != tuple(fixed):
+                raise InputError(
+                    f"found images of {image_size[0]}×{image_size[1]} pixels, expected {fixed[0]}×{fixed[1]}: resize "
+                    "them, or build the model with img_size=… or dynamic_img_size=True"
+                )
+            rows, columns = self._embed.grid_size
+        return int(rows), int(columns)
+
+    def seed(self, num_tokens: int) -> Tensor:
+        """CLS; half CLS, half DIST; or uniform over the mean-pooled tokens, as the head reads them."""
+        weights = torch.zeros(num_tokens)
+        pool = "map" if getattr(self._vit, "attn_pool", None) is not None else self._vit.global_pool
+        if hasattr(self._vit, "head_dist"):
+            weights[:2] = 0.5
+        elif pool == "token":
+            weights[0] = 1.0
+        elif pool == "avg":
+            first = 0 if getattr(self._vit, "pool_include_prefix", False) else self.num_prefix_tokens
+            weights[first:] = 1.0 / (num_tokens - first)
+        else:
+            raise UnsupportedModelError(
+                f"the head pools tokens by {pool!r}; expected 'token', 'avg' or an attention pool with latents, where "
+                "the seed row of a rollout is known. Methods that need no seed row work: gradcam"
+            )
+        return weights
+
+    def output_weight(self, block: int) -> Tensor:
+        """The output projection by heads, LayerScale folded in."""
+        module: Any = self.blocks[block].block
+        attention: Any = getattr(module, "attn", None)
+        linear = attention is not None and self.blocks[block].attention_input is not None
+        if linear and getattr(attention, "norm", None) is not None:
+            linear = isinstance(attention.norm, nn.Identity)
+        if not linear or getattr(attention, "gate", None) is not None:
+            raise UnsupportedModelError(
+                f"block {block} ({type(module).__name__}) normalises, gates or shares its heads' output, so that a "
+                "token's transformed vector is not linear in its value; use tokentm with transformation='residual', or "
+                "generic_attention"
+            )
+        weight: Tensor = attention.proj.weight.detach()  # (D, H·dh)
+        scale = getattr(getattr(module, "ls1", None), "gamma", getattr(module, "gamma_1", None))
+        if scale is not None:
+            weight = scale.detach()[:, None] * weight
+        return weight.T.reshape(attention.num_heads, -1, len(weight))
+
+    def value_weight(self, block: int) -> Tensor:
+        """The value third of the input projection, by heads."""
+        attention: Any = getattr(self.blocks[block].block, "attn", None)
+        if attention is None:
+            raise UnsupportedModelError(f"block {block} has no attention module with a value projection of its own")
+        if getattr(attention, "qkv", None) is not None:
+            weight: Tensor = attention.qkv.weight.detach()  # (3·H·dh, D)
+            weight = weight[-len(weight) // 3 :]
+        else:
+            weight = attention.v_proj.weight.detach()
+        return weight.reshape(attention.num_heads, -1, weight.shape[1]).transpose(1, 2)
