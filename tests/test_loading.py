@@ -27,7 +27,9 @@ from vitexplain import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from vitexplain.data import scenes
 from vitexplain.models import hub
+from vitexplain.models.embedded import SCENES_ARCHITECTURE, build_model, load_checkpoint
 from vitexplain.models.labels import find_class, read_labels
 from vitexplain.models.loading import list_models, load_model
 from vitexplain.models.weights import read_state
@@ -75,7 +77,7 @@ def test_the_preprocessing_is_the_models_own_and_can_be_changed(checkpoint: Path
     assert changed.preprocessing == own.replace(mean=(0.1, 0.2, 0.3), crop_mode="squash")
     with pytest.raises(OptionError, match=r"interpolation is 'cubic', expected one of .*bicubic"):
         load_model(NAME, checkpoint=checkpoint, preprocessing={"interpolation": "cubic"})
-    with pytest.raises(OptionError, match=r"timm:test_vit cannot take inputs of 96x90 pixels: .*multiples of the patch"):
+    with pytest.raises(OptionError, match=r"timm:test_vit cannot take inputs of 96x90 pixels: .*multiples of"):
         load_model(NAME, checkpoint=checkpoint, preprocessing={"size": (96, 90)})
 
 
@@ -89,6 +91,37 @@ def test_identity_is_that_of_the_content(tiny: nn.Module, checkpoint: Path, tmp_
     with torch.no_grad():
         other.model.norm.bias[3] += 1e-6
     assert other.identity()["sha256"] != ours["sha256"]
+
+
+class TestEmbedded:
+    """Which weights ship is tested elsewhere; here, that such a model is prepared and named as it was trained."""
+
+    @pytest.fixture
+    def weights(self, tmp_path: Path) -> Path:
+        torch.manual_seed(0)
+        save_file(build_model().state_dict(), tmp_path / "scenes.safetensors")
+        card = {"architecture": dict(SCENES_ARCHITECTURE)}
+        (tmp_path / "scenes.json").write_text(json.dumps(card))
+        return tmp_path / "scenes.safetensors"
+
+    def test_the_users_own_weights(self, weights: Path) -> None:
+        loaded = load_model("scenes", checkpoint=weights)
+        assert loaded.labels == scenes.CLASS_NAMES
+        assert loaded.num_classes == len(scenes.CLASS_NAMES)
+        assert loaded.weights == str(weights)
+        scene = scenes.make_scene(0, num_objects=1)
+        torch.testing.assert_close(loaded.preprocessing([scene.image])[0], scenes.normalise(scene.image))
+
+    def test_the_shipped_ones_are_the_default(self, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("vitexplain.models.embedded.load_scenes_model", lambda: load_checkpoint(weights))
+        shipped, own = load_model(), load_model("scenes", checkpoint=weights)
+        assert shipped.name == "scenes"
+        assert shipped.weights == "embedded"
+        assert shipped.identity()["sha256"] == own.identity()["sha256"]
+
+    def test_weights_that_are_not_its_own(self, checkpoint: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"tiny\.json"):
+            load_model("scenes", checkpoint=checkpoint)
 
 
 class TestWeights:

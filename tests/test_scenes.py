@@ -25,7 +25,7 @@ from vitexplain.data.scenes import CLASS_NAMES, SIZE, SPLITS, Scene, SceneDatase
 from vitexplain.errors import CheckpointError, InputError
 from vitexplain.models.embedded import load_checkpoint, load_scenes_model, scenes_card
 from vitexplain.training.classifier import ClassifierSettings, accuracy, train_classifier, window_tokens
-from vitexplain.training.scene_batches import NO_OBJECT, SceneBatches, faded
+from vitexplain.training.scene_batches import NO_OBJECT, SceneBatches, ScenePool, faded
 
 SEEDS = (0, 7, 10**9 + 3, 2 * 10**9 + 11)
 
@@ -264,6 +264,7 @@ TINY = ClassifierSettings(
     steps=60,
     window_share=0.8,
     fading_share=1.0,
+    refining_share=0.2,
     warmup_steps=5,
     batch_size=16,
     validation_scenes=10,
@@ -282,7 +283,8 @@ def test_training_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
         record = train_classifier(path, TINY, progress=False)
     assert torch.equal(torch.rand(1), expected)
     assert logging.getLogger("lightning.pytorch").level == level
-    assert record["loss"][-1] < record["loss"][0] - 0.15
+    assert [entry["step"] for entry in record["history"]] == [48, 12]
+    assert record["history"][-1]["loss"] < 2.3  # the logarithm of 12 classes is 2.48
     assert record == json.loads(path.with_suffix(".json").read_text())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.json", "tiny.safetensors"]
     model = load_checkpoint(path)
@@ -298,16 +300,19 @@ def test_training_that_fails_writes_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_whole_scenes_train_the_model_as_it_is_used(model: nn.Module) -> None:
-    batches = SceneBatches(ClassifierSettings(one_object_scenes=8, two_object_scenes=8, steps=2, window_share=0.5))
-    small, large = batches
+    settings = ClassifierSettings(steps=2, window_share=0.5, refining_share=0.0)
+    small, large = SceneBatches(ScenePool.paint(8, 8), settings)
     with torch.no_grad():
         assert window_tokens(model, small).shape[1] == 1 + 7 * 7
         torch.testing.assert_close(model.head(window_tokens(model, large)[:, 0]), model(large.images))
 
 
 def test_batches_are_seeded_and_agree_with_the_masks() -> None:
-    settings = ClassifierSettings(one_object_scenes=8, two_object_scenes=8, steps=4, window_share=0.5)
-    first, second = list(SceneBatches(settings)), list(SceneBatches(settings))
+    settings = ClassifierSettings(steps=4, window_share=0.5, refining_share=0.25)
+    pool = ScenePool.paint(8, 8)
+    first, second = list(SceneBatches(pool, settings)), list(SceneBatches(pool, settings))
+    assert len(first) == 3
+    assert len(list(SceneBatches(pool, settings, refining=True))) == 1
     for batch, again in zip(first, second, strict=True):
         assert all(torch.equal(one, two) for one, two in zip(batch, again, strict=True))
         torch.testing.assert_close(batch.targets.sum(dim=1), torch.ones(settings.batch_size))

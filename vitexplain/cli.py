@@ -187,7 +187,8 @@ def methods() -> None:
     for name in list_methods():
         info = method_info(name)
         kind = "class-specific" if info.class_specific else "the same for every class"
-        typer.echo(typer.style(name, bold=True) + f"   {info.title}; {kind}; {info.passes} (forward, backward)")
+        heading = _wrapped(f"{name}   {info.title}; {kind}; {info.passes} (forward, backward)", 0, 4)
+        typer.echo(typer.style(name, bold=True) + heading.removeprefix(name))
         typer.echo(_wrapped(info.paper, 4, 4))
         for each in info.options:
             typer.echo(_wrapped(f"--option {each.name}={each.default}   {each.help} ({each.range})", 4, 8))

@@ -63,9 +63,9 @@ def read_size(text: str | None) -> tuple[Any, ...] | None:
     Raises:
         OptionError: something else.
     """
-    if text is not None and "x" not in text.lower():
-        text = f"{text}x{text}"
-    return read_numbers("--size", None if text is None else text.lower(), int, "x", 2)
+    if text is not None and text.strip().isdecimal():
+        return (int(text), int(text))
+    return read_numbers("--size", text, int, "x", 2)
 
 
 def read_numbers(option: str, text: str | None, kind: type, separator: str, count: int) -> tuple[Any, ...] | None:

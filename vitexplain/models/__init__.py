@@ -45,7 +45,6 @@ def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
 
         if is_timm_transformer(module):
             return TimmAdapter(module)
-    raise UnsupportedModelError(
-        f"no adapter for {type(module).__module__}.{type(module).__name__}; supported: timm's plain "
-        "transformers (VisionTransformer, Eva, Beit, VisionTransformerRelPos, NaFlexVit). For another family, write a vitexplain.ModelAdapter and pass it"
-    )
+    from .discovery import DiscoveredAdapter
+
+    return DiscoveredAdapter(module)

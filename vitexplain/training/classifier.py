@@ -30,7 +30,7 @@ from ..data.scenes import CLASS_NAMES, MEAN, SIZE, SPLITS, STD, make_scene, norm
 from ..errors import InputError, VitExplainError
 from ..models.embedded import build_model
 from .recipe import PATCH, ClassifierSettings
-from .scene_batches import NO_OBJECT, Batch, SceneBatches
+from .scene_batches import NO_OBJECT, Batch, SceneBatches, ScenePool
 
 __all__ = ["ClassifierSettings", "accuracy", "train_classifier"]
 
@@ -79,11 +79,13 @@ def accuracy(model: nn.Module, seeds: range, *, batch_size: int = 100) -> float:
     return correct / len(seeds)
 
 
-def _learning_module(model: nn.Module, settings: ClassifierSettings, progress: bool) -> Any:
+def _learning_module(model: nn.Module, settings: ClassifierSettings, *, refining: bool, progress: bool) -> Any:
     """The Lightning module of the recipe; made in a function because Lightning is optional."""
     import lightning
 
-    steps = settings.steps
+    steps = settings.refining_steps if refining else settings.steps - settings.refining_steps
+    name = "refining" if refining else "learning"
+    highest_rate = settings.refining_rate if refining else settings.learning_rate
 
     class ClassifierModule(lightning.LightningModule):
         def __init__(self) -> None:
@@ -94,6 +96,7 @@ def _learning_module(model: nn.Module, settings: ClassifierSettings, progress: b
             self.patch_label = nn.Linear(width, NO_OBJECT + 1)
             self.patch_mask = nn.Linear(width, PATCH**2)
             self.losses: list[float] = []
+            self.history: list[dict[str, Any]] = []
             self.started = time.monotonic()
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -105,7 +108,7 @@ def _learning_module(model: nn.Module, settings: ClassifierSettings, progress: b
             matrices = [parameter for parameter in blocks.parameters() if parameter.ndim == 2]
             chosen = {id(parameter) for parameter in matrices}
             others = [parameter for parameter in self.parameters() if id(parameter) not in chosen]
-            rate, decay = settings.learning_rate, settings.weight_decay
+            rate, decay = highest_rate, settings.weight_decay
             optimizers: list[torch.optim.Optimizer] = [
                 # Muon needs far fewer steps than AdamW on the matrices of the blocks.
                 torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
@@ -142,17 +145,19 @@ def _learning_module(model: nn.Module, settings: ClassifierSettings, progress: b
             nn.utils.clip_grad_norm_(self.parameters(), settings.gradient_clip)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * rise * fall
+                    group["lr"] = highest_rate * rise * fall
                 optimizer.step()
             done = batch_index + 1
-            if progress and (done % 500 == 0 or done == steps):
-                seeds = SPLITS["validation"][: min(400, settings.validation_scenes)]
+            if done % 500 == 0 or done == steps:
                 recent = float(np.mean(self.losses[-100:]))
-                print(
-                    f"step {done}/{steps}  {time.monotonic() - self.started:.0f} s  loss {recent:.3f}  "
-                    f"validation accuracy {accuracy(self.model, seeds):.3f}",
-                    flush=True,
-                )
+                self.history.append({"round": name, "step": done, "loss": round(recent, 3)})
+                if progress:
+                    seeds = SPLITS["validation"][: min(400, settings.validation_scenes)]
+                    print(
+                        f"{name}: step {done}/{steps}, {time.monotonic() - self.started:.0f} s, loss {recent:.3f}, "
+                        f"validation accuracy {accuracy(self.model, seeds):.3f}",
+                        flush=True,
+                    )
 
     return ClassifierModule()
 
@@ -170,8 +175,8 @@ def train_classifier(
 
     Returns:
         What the JSON file holds: ``architecture``, ``classes``, ``mean``, ``std``, ``input_size``, ``training`` (the
-        recipe), ``loss`` (means over twenty parts of the run), ``accuracy`` (``validation`` and ``test``, one-object
-        scenes), ``wall_seconds``, ``cpu_seconds`` and ``versions``.
+        recipe), ``history`` (class loss, mean over up to 100 steps before each 500th), ``accuracy`` (``validation``
+        and ``test``, one-object scenes), ``wall_seconds``, ``cpu_seconds`` and ``versions``.
 
     Raises:
         InputError: `output` is no place for a checkpoint.
@@ -189,7 +194,7 @@ def train_classifier(
     try:
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        model, losses = _fit(settings, progress)
+        model, history = _fit(settings, progress)
         found = {
             split: accuracy(model, SPLITS[split][:length])
             for split, length in (("validation", settings.validation_scenes), ("test", settings.test_scenes))
@@ -204,7 +209,7 @@ def train_classifier(
         "std": list(STD),
         "input_size": [3, SIZE, SIZE],
         "training": recipe,
-        "loss": [round(float(part.mean()), 4) for part in np.array_split(losses, min(20, len(losses)))],
+        "history": history,
         "accuracy": found,
         "wall_seconds": round(time.monotonic() - wall, 1),
         "cpu_seconds": round(time.process_time() - processor, 1),
@@ -217,43 +222,50 @@ def train_classifier(
     return record
 
 
-def _fit(settings: ClassifierSettings, progress: bool) -> tuple[nn.Module, list[float]]:
-    """Runs the recipe; the caller's random state, warnings and logging stay as they are."""
-    import lightning
-
+def _fit(settings: ClassifierSettings, progress: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Runs both rounds of the recipe; the caller's random state, warnings and logging stay as they are."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
-    with (
-        torch.random.fork_rng(devices=[]),
-        tempfile.TemporaryDirectory() as scratch,
-        warnings.catch_warnings(),
-    ):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Lightning's own advice about workers and its use of deprecated parts of torch say nothing to our user.
         warnings.simplefilter("ignore")
         log.setLevel(logging.ERROR)
         try:
             torch.manual_seed(settings.seed)
             model = build_model(settings.architecture)
-            module = _learning_module(model, settings, progress)
-            trainer = lightning.Trainer(
-                accelerator="cpu",
-                devices=1,
-                max_epochs=1,
-                limit_train_batches=settings.steps,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=progress,
-                enable_model_summary=False,
-                default_root_dir=scratch,
-            )
-            trainer.fit(module, SceneBatches(settings))
+            pool = ScenePool.paint(settings.one_object_scenes, settings.two_object_scenes)
+            history = _fit_round(model, pool, settings, refining=False, progress=progress)
+            if settings.refining_steps:
+                torch.manual_seed(settings.seed + 1)
+                history += _fit_round(model, pool, settings, refining=True, progress=progress)
         finally:
             log.setLevel(level)
-    if len(module.losses) < settings.steps:
-        raise VitExplainError(
-            f"training stopped after {len(module.losses)} of {settings.steps} steps; nothing was written"
+    return model.eval(), history
+
+
+def _fit_round(
+    model: nn.Module, pool: ScenePool, settings: ClassifierSettings, *, refining: bool, progress: bool
+) -> list[dict[str, Any]]:
+    """Trains the model for one round, with fresh optimizers and patch heads; returns the history."""
+    import lightning
+
+    module = _learning_module(model.train(), settings, refining=refining, progress=progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            default_root_dir=scratch,
         )
-    return model.eval(), module.losses
+        trainer.fit(module, SceneBatches(pool, settings, refining=refining))
+    if trainer.interrupted:
+        raise VitExplainError(f"training stopped after {len(module.losses)} steps of a round; nothing was written")
+    history: list[dict[str, Any]] = module.history
+    return history
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -23,13 +23,16 @@ class ClassifierSettings:
         architecture: arguments of `vitexplain.models.embedded.build_model`.
         one_object_scenes: training scenes with one object, each used several times, mirrored and shifted.
         two_object_scenes: training scenes with two objects; the target is half of each class.
-        steps: number of training steps.
+        steps: number of training steps, both rounds together.
         window_share: share of the steps, the first ones, that see windows around the object; the rest see whole scenes.
         fading_share: share of the steps, the first ones, in which textures and clutter grow from none to full.
+        refining_share: share of the steps, the last ones, that make up the second round: on whole scenes, the learning
+            rate rising and falling once more.
         window: side of the window in patches, 1 to 11.
         two_object_share: share of two-object scenes in the batches of whole scenes, 0 to 1.
         batch_size: images in a step.
-        learning_rate: the highest; warm-up, then cosine decay to a hundredth.
+        learning_rate: the highest of the first round; warm-up, then cosine decay to a hundredth.
+        refining_rate: the highest of the second round.
         warmup_steps: steps in which the learning rate grows.
         weight_decay: of matrices; the other parameters have none.
         label_smoothing: of the class targets, 0 to below 1.
@@ -44,13 +47,15 @@ class ClassifierSettings:
     architecture: Mapping[str, Any] = field(default_factory=lambda: dict(SCENES_ARCHITECTURE))
     one_object_scenes: int = 22_000
     two_object_scenes: int = 8_000
-    steps: int = 5_000
-    window_share: float = 0.6
-    fading_share: float = 0.16
+    steps: int = 8_000
+    window_share: float = 0.375
+    fading_share: float = 0.1
+    refining_share: float = 0.375
     window: int = 7
     two_object_share: float = 0.375
     batch_size: int = 32
     learning_rate: float = 2e-3
+    refining_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
@@ -66,10 +71,25 @@ class ClassifierSettings:
         for names, low, high in (
             (("one_object_scenes", "steps", "batch_size", "validation_scenes", "test_scenes"), 1, math.inf),
             (("two_object_scenes", "warmup_steps", "seed", "threads", "guidance", "weight_decay"), 0, math.inf),
-            (("window_share", "fading_share", "two_object_share", "label_smoothing"), 0, 1),
-            (("learning_rate", "gradient_clip"), 1e-12, math.inf),
+            (("window_share", "fading_share", "refining_share", "two_object_share", "label_smoothing"), 0, 1),
+            (("learning_rate", "refining_rate", "gradient_clip"), 1e-12, math.inf),
             (("window",), 1, SIZE // PATCH - 1),
         ):
             wrong += [f"{name} = {value!r}" for name in names if not low <= (value := getattr(self, name)) <= high]
         if wrong:
             raise InputError(f"found {', '.join(wrong)}; the description of ClassifierSettings says what each can be")
+
+    @property
+    def window_steps(self) -> int:
+        """Number of first steps that see windows."""
+        return round(self.window_share * self.steps)
+
+    @property
+    def fading_steps(self) -> int:
+        """Number of first steps in which clutter grows."""
+        return round(self.fading_share * self.steps)
+
+    @property
+    def refining_steps(self) -> int:
+        """Number of last steps that make up the second round."""
+        return round(self.refining_share * self.steps)

@@ -44,17 +44,23 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Pool:
-    """Scenes with one object first, then those with two."""
+class ScenePool:
+    """Painted training scenes: those with one object first, then those with two.
+
+    Attributes:
+        images: (N, 96, 96, 3), uint8.
+        objects: (N, 96, 96), uint8; the label seen at each pixel, or `NO_OBJECT`.
+        ones: number of scenes with one object.
+    """
 
     images: NDArray[np.uint8]
     objects: NDArray[np.uint8]
     ones: int
 
     @classmethod
-    def paint(cls, ones: int, twos: int) -> _Pool:
+    def paint(cls, ones: int, twos: int) -> ScenePool:
+        """Paints the first scenes of the training split."""
         images = np.empty((ones + twos, SIZE, SIZE, 3), np.uint8)
-        # One byte a pixel says what is seen there: the label, or NO_OBJECT.
         objects = np.full((ones + twos, SIZE, SIZE), NO_OBJECT, np.uint8)
         for index in range(ones + twos):
             scene = make_scene(SPLITS["train"][index], num_objects=1 if index < ones else 2)
@@ -84,35 +90,38 @@ def faded(images: NDArray[np.uint8], shown: NDArray[np.bool_], strength: float) 
 
 
 class SceneBatches:
-    """All batches of a training run, in order.
+    """The batches of one round of training, in order; every iteration gives the same.
 
     Args:
+        pool: the scenes.
         settings: the recipe; `settings.seed` decides everything drawn here.
+        refining: whether this is the second round, with whole scenes only.
     """
 
-    def __init__(self, settings: ClassifierSettings) -> None:
+    def __init__(self, pool: ScenePool, settings: ClassifierSettings, *, refining: bool = False) -> None:
+        self.pool = pool
         self.settings = settings
+        self.refining = refining
 
     def __iter__(self) -> Iterator[Batch]:
-        recipe = self.settings
-        pool = _Pool.paint(recipe.one_object_scenes, recipe.two_object_scenes)
-        rng = np.random.default_rng((recipe.seed, 1))
-        window_steps, fading_steps = (
-            round(recipe.window_share * recipe.steps),
-            round(recipe.fading_share * recipe.steps),
-        )
+        recipe, pool = self.settings, self.pool
+        rng = np.random.default_rng((recipe.seed, 2 if self.refining else 1))
+        steps, window_steps = recipe.refining_steps, 0
+        if not self.refining:
+            steps, window_steps = recipe.steps - steps, min(recipe.window_steps, recipe.steps - steps)
         for step in range(window_steps):
             chosen = rng.integers(0, pool.ones, recipe.batch_size)
-            yield self._batch(pool, rng, chosen, recipe.window, min(1.0, step / max(1, fading_steps)))
-        for _ in range(window_steps, recipe.steps):
-            twos = round(recipe.batch_size * recipe.two_object_share) if recipe.two_object_scenes else 0
+            yield self._batch(pool, rng, chosen, recipe.window, min(1.0, step / max(1, recipe.fading_steps)))
+        twos = round(recipe.batch_size * recipe.two_object_share) if len(pool.images) > pool.ones else 0
+        for _ in range(window_steps, steps):
             chosen = rng.integers(0, pool.ones, recipe.batch_size)
-            chosen[:twos] = rng.integers(pool.ones, max(len(pool.images), pool.ones + 1), twos)
+            if twos:
+                chosen[:twos] = rng.integers(pool.ones, len(pool.images), twos)
             yield self._batch(pool, rng, chosen, SIZE // PATCH, 1.0)
 
     @classmethod
     def _batch(
-        cls, pool: _Pool, rng: np.random.Generator, chosen: NDArray[np.int64], window: int, strength: float
+        cls, pool: ScenePool, rng: np.random.Generator, chosen: NDArray[np.int64], window: int, strength: float
     ) -> Batch:
         images, objects = pool.images[chosen], pool.objects[chosen]
         mirrored = rng.random(len(chosen)) < 0.5

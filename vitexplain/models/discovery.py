@@ -1,0 +1,219 @@
+"""Adapter for any plain transformer whose attention can be seen: found by watching it, and checked on the numbers.
+
+Nothing is assumed from names. One forward on noise shows what `findings` interprets; each finding is verified, and what
+does not verify is left out or refused. The head's pooling is measured: with all final tokens made equal, the gradient
+at each is proportional to the weight with which the head reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..borrowing import attributes_set, borrowed
+from ..errors import InputError, UnsupportedModelError
+from .adapter import BlockModules, ModelAdapter
+from .findings import find_blocks, find_grid, find_pool, find_projections, find_states
+from .probe import watched
+
+
+class DiscoveredAdapter(ModelAdapter):
+    """A model whose structure was found by watching it: Hugging Face, torchvision, `nn.MultiheadAttention`, your own.
+
+    Args:
+        model: called with images (B, C, H, W), by keyword where it names its main input; returns logits (B, C), or an
+            object that has `logits`.
+        image_size: pixels (H, W) to probe with; by default what the model's configuration says, or 224×224.
+
+    Raises:
+        UnsupportedModelError: no attention could be seen, or it does not have the form of a plain transformer.
+    """
+
+    def __init__(self, model: nn.Module, image_size: tuple[int, int] | None = None) -> None:
+        self.model = model
+        self._keyword = _main_input(model)
+        self._probe_size = image_size or _configured_size(model)
+        images = _noise(model, self._probe_size)
+        with torch.no_grad(), self.prepared(), watched(model) as seen:
+            self._try(images)
+        blocks = find_blocks(seen)
+        self._tokens = blocks[0].attention.operands.num_tokens
+        self._stem, grid = find_grid(seen, self._tokens)
+        self._probe_grid = grid
+        self.num_prefix_tokens = self._tokens - grid[0] * grid[1]
+        found = [find_states(seen, block, find_projections(seen, block)) for block in blocks]
+        self.blocks = tuple(modules for modules, _ in found)
+        self._projections = [projections for _, projections in found]
+        pool = find_pool(seen, self._tokens, self.num_prefix_tokens)
+        self.pool = None if pool is None else BlockModules(pool, pool)
+        self._seed = None if pool is not None else self._measured_pooling(images)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels that the patch embedding takes."""
+        return _image_channels(self.model)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """As for any adapter; the images go in by keyword where the model names its main input."""
+        return self._scores(self.model(images) if self._keyword is None else self.model(**{self._keyword: images}))
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Attention through `scaled_dot_product_attention` wherever a switch or a configuration chooses."""
+        modules = list(self.model.modules())
+        configurations = {
+            id(config): config
+            for module in modules
+            if getattr(config := getattr(module, "config", None), "_attn_implementation", None) is not None
+        }
+        with ExitStack() as stack:
+            for owners, name, value in (
+                ([module for module in modules if hasattr(module, "fused_attn")], "fused_attn", True),
+                (list(configurations.values()), "_attn_implementation", "sdpa"),
+            ):
+                stack.enter_context(attributes_set(owners, name, value))
+            yield
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch grid (h, w): the output size of the patch convolution.
+
+        Raises:
+            InputError: no patch fits; or another size than probed, and the convolution is not the model's first layer.
+        """
+        if tuple(image_size) == tuple(self._probe_size):
+            return self._probe_grid
+        if self._stem is None:
+            raise InputError(
+                f"found images of {image_size[0]}×{image_size[1]} pixels, expected {self._probe_size[0]}×"
+                f"{self._probe_size[1]}; for another size pass DiscoveredAdapter(model, image_size=(H, W)) as the model"
+            )
+        kernel, stride, padding = self._stem.kernel_size, self._stem.stride, self._stem.padding
+        margins = (0, 0) if isinstance(padding, str) else padding
+        rows, columns = (
+            (side + 2 * margin - width) // step + 1
+            for side, margin, width, step in zip(image_size, margins, kernel, stride, strict=True)
+        )
+        if min(rows, columns) < 1:
+            raise InputError(f"found images of {image_size[0]}×{image_size[1]} pixels, expected at least one patch")
+        return rows, columns
+
+    def seed(self, num_tokens: int) -> Tensor:
+        """The measured pooling; the patches' share spread evenly where there are more or fewer of them."""
+        if self._seed is None:
+            raise UnsupportedModelError("the head reads the tokens through attention; Capture.seed_row has its row")
+        if num_tokens == self._tokens:
+            return self._seed
+        prefix, patches = self._seed.split([self.num_prefix_tokens, self._tokens - self.num_prefix_tokens])
+        if not torch.allclose(patches, patches.mean(), rtol=1e-3, atol=0):
+            raise UnsupportedModelError(
+                f"the head weighs patches by their place, so its pooling of {num_tokens} tokens is not known; use images "
+                f"of {self._probe_size[0]}×{self._probe_size[1]} pixels"
+            )
+        count = num_tokens - self.num_prefix_tokens
+        return torch.cat([prefix, (patches.sum() / count).expand(count)])
+
+    def output_weight(self, block: int) -> Tensor:
+        """The verified output projection by heads, LayerScale folded in."""
+        found = self._projections[block]
+        if found.output is None or self.blocks[block].mid is None:
+            raise UnsupportedModelError(
+                f"no linear map from the heads to the residual stream was found in block {block} "
+                f"({type(self.blocks[block].block).__name__}); use generic_attention or rollout"
+            )
+        weight = found.output if found.scale is None else found.scale[:, None] * found.output
+        return weight.T.reshape(found.heads, -1, len(weight))
+
+    def value_weight(self, block: int) -> Tensor:
+        """The verified value projection by heads."""
+        found = self._projections[block]
+        if found.value is None:
+            raise UnsupportedModelError(
+                f"no linear map from the tokens to the values was found in block {block}; use transformation='value', or "
+                "generic_attention"
+            )
+        return found.value.reshape(found.heads, -1, found.value.shape[1]).transpose(1, 2)
+
+    def _try(self, images: Tensor) -> Tensor:
+        try:
+            return self.logits(images)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever an unknown model raises on an input it does not take
+            raise UnsupportedModelError(
+                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find out how "
+                f"it works ({type(error).__name__}: {error}). If it takes another size, pass DiscoveredAdapter(model, "
+                "image_size=(H, W)) as the model; otherwise write a ModelAdapter"
+            ) from error
+
+    def _measured_pooling(self, images: Tensor) -> Tensor:
+        """(N,), sum 1: the norms of the gradients at the final tokens, all made equal."""
+        leaf: list[Tensor] = []
+
+        def equalise(_: nn.Module, __: Any, output: Any) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            middle = states[:, states.shape[1] // 2 :][:, :1]
+            leaf.append(middle.expand_as(states).clone().requires_grad_(True))
+            return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
+
+        with torch.inference_mode(False), torch.enable_grad(), borrowed(self.model), self.prepared():
+            handle = self.blocks[-1].block.register_forward_hook(equalise)
+            try:
+                logits = self.logits(images).float()
+            finally:
+                handle.remove()
+            direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+            (gradient,) = torch.autograd.grad((logits * direction).sum(), leaf)
+        weights = gradient[0].float().norm(dim=-1).cpu()
+        weights = torch.where(weights < 1e-4 * weights.max(), 0.0, weights)
+        if not weights.any():
+            raise UnsupportedModelError("the head does not read the last block's tokens, so no seed row can be found")
+        if not weights[2:].any() and weights[:2].all():
+            return torch.tensor([0.5, 0.5] + [0.0] * (len(weights) - 2))  # two heads, averaged
+        return weights / weights.sum()
+
+    @staticmethod
+    def _scores(output: Any) -> Tensor:
+        scores = getattr(output, "logits", output)
+        if isinstance(scores, Tensor) and scores.ndim == 2:
+            return scores
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(output).__name__
+        raise UnsupportedModelError(
+            f"the model returned {found}; expected logits of shape (B, C), one row an image. Use the class with a "
+            "classification head, or wrap it in a module that returns such scores"
+        )
+
+
+def _main_input(model: nn.Module) -> str | None:
+    name = getattr(model, "main_input_name", None)
+    if name not in (None, "pixel_values"):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} takes {name!r} first, not images; to explain an image-text model, pass "
+            "vitexplain.models.image_text.ImageTextModel(model, text_embeddings)"
+        )
+    return name
+
+
+def _configured_size(model: nn.Module) -> tuple[int, int]:
+    config = getattr(model, "config", None)
+    for owner in (model, config, getattr(config, "vision_config", None)):
+        for name in ("image_size", "input_resolution"):
+            size = getattr(owner, name, None)
+            if isinstance(size, int):
+                return size, size
+            if isinstance(size, tuple | list) and len(size) == 2:
+                return int(size[0]), int(size[1])
+    return 224, 224
+
+
+def _image_channels(model: nn.Module) -> int:
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
+def _noise(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    reference = next(model.parameters())
+    noise = torch.randn(1, _image_channels(model), *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(device=reference.device, dtype=reference.dtype)

@@ -1,0 +1,192 @@
+"""What a watched forward pass tells about a model; each finding is verified on the numbers of that pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from .adapter import BlockModules
+from .probe import AttentionCall, Forward, ModuleCall
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_LOOSE = 0.05  # half precisions
+
+
+@dataclass(frozen=True, eq=False)
+class FoundBlock:
+    """A block and its attention, as they were called."""
+
+    call: ModuleCall
+    attention: AttentionCall
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Linear maps around one block's attention; None where none verified.
+
+    Attributes:
+        heads: H.
+        output: (D, H·dh), from the heads to the residual stream.
+        bias: (D,) of the output map.
+        scale: (D,) LayerScale on top of it.
+        value: (H·dh, D), from the attention input to the values.
+    """
+
+    heads: int
+    output: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    value: Tensor | None = None
+
+
+def find_blocks(seen: Forward) -> list[FoundBlock]:
+    """The repeated modules that each call self-attention once, in order.
+
+    Raises:
+        UnsupportedModelError: no attention was seen, its token count changes, or no repeated module holds it.
+    """
+    calls = [call for call in seen.attentions if call.operands.num_tokens == call.operands.num_keys]
+    if not calls:
+        raise UnsupportedModelError(
+            "no attention was seen: the model calls neither scaled_dot_product_attention nor "
+            "multi_head_attention_forward on image tokens. Switch it to one of them, or write a ModelAdapter"
+        )
+    counts = Counter(call.operands.num_tokens for call in calls)
+    if len(counts) > 1 or any(call.operands.q.shape[0] != 1 for call in calls):
+        raise UnsupportedModelError(
+            f"attention runs over {', '.join(map(str, counts))} tokens in {len(calls)} calls (in windows or stages); "
+            "expected one sequence of tokens from the first block to the last. Hierarchical models need a ModelAdapter"
+        )
+    depth = 0
+    while len(calls) > 1 and len({_at(call, depth) for call in calls}) == 1 and _at(calls[0], depth) is not None:
+        depth += 1
+    if len(calls) == 1:
+        repeated = _list_elements(seen)
+        depth = max((i for i, parent in enumerate(calls[0].parents) if id(parent.module) in repeated), default=-1)
+    found = [FoundBlock(call.parents[depth], call) for call in calls if 0 <= depth < len(call.parents)]
+    modules = {id(block.call.module) for block in found}
+    if len(found) != len(calls) or len(modules) != len(calls):
+        raise UnsupportedModelError(
+            f"{len(calls)} attention calls were seen in {len(modules)} blocks; expected one call in each of a list of "
+            "blocks that are modules of their own. Write a ModelAdapter"
+        )
+    for block in found:
+        shapes = {None if state is None else tuple(state.shape[:2]) for state in (block.call.input, block.call.output)}
+        if shapes != {(1, block.attention.operands.num_tokens)}:
+            raise UnsupportedModelError(
+                f"a {type(block.call.module).__name__} takes and gives {shapes}; expected token states (B, N, D). Models "
+                "that put the batch second or pass images between blocks need a ModelAdapter"
+            )
+    return found
+
+
+def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, int]]:
+    """The patch convolution, if it reads the image itself, and its output size (h, w).
+
+    Raises:
+        UnsupportedModelError: no convolution before the first attention makes at most `tokens` patches.
+    """
+    first = seen.attentions[0].start
+    convolutions = [
+        call
+        for call in seen.modules
+        if isinstance(call.module, nn.Conv2d) and call.start < first and call.output is not None
+    ]
+    if not convolutions:
+        raise UnsupportedModelError("no patch convolution was seen, so the patch grid is not known; write a ModelAdapter")
+    last = convolutions[-1]
+    h, w = (int(side) for side in last.output.shape[-2:])  # type: ignore[union-attr]
+    if h * w > tokens:
+        raise UnsupportedModelError(
+            f"attention runs over {tokens} tokens, but the patch convolution makes a grid of {h}×{w}; expected one token "
+            "a patch. Models that merge or drop patches need a ModelAdapter"
+        )
+    stem = last.module if len(convolutions) == 1 and isinstance(last.module, nn.Conv2d) else None
+    return stem, (h, w)
+
+
+def find_pool(seen: Forward, tokens: int, prefix: int) -> nn.Module | None:
+    """The module in which a head's queries attend to the final tokens; None for heads without attention."""
+    calls = [
+        call
+        for call in seen.attentions
+        if call.operands.num_tokens != tokens and call.operands.num_keys in (tokens, tokens - prefix)
+    ]
+    return calls[-1].parents[-1].module if calls else None
+
+
+def find_projections(seen: Forward, block: FoundBlock) -> Projections:
+    """The linear maps into the values and out of the heads, recognised by what they were given and gave."""
+    attention, q = block.attention, block.attention.operands.q
+    heads, around = q.shape[1], attention.parents[-1].module
+    merged = attention.output.transpose(1, 2).flatten(2)
+    values = attention.operands.v.transpose(1, 2).flatten(2)
+    if isinstance(around, nn.MultiheadAttention):
+        value = around.v_proj_weight if around.in_proj_weight is None else around.in_proj_weight.chunk(3)[2]
+        return Projections(heads, around.out_proj.weight.detach(), around.out_proj.bias, None, value.detach())
+    output: nn.Linear | None = None
+    value_weight: Tensor | None = None
+    for call in _inside(seen, block.call):
+        if not isinstance(call.module, nn.Linear) or call.input is None or call.output is None:
+            continue
+        if call.start > attention.start and output is None and _close(call.input, merged):
+            output = call.module
+        if call.start < attention.start:
+            for share in (1, 3):  # a projection of its own, or the last third of one for q, k and v
+                if call.output.shape[-1] == share * values.shape[-1] and _close(call.output.chunk(share, -1)[-1], values):
+                    value_weight = call.module.weight.detach().chunk(share)[-1]
+    if output is None:
+        return Projections(heads, value=value_weight)
+    return Projections(heads, output.weight.detach(), output.bias, None, value_weight)
+
+
+def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> tuple[BlockModules, Projections]:
+    """Where the block is tapped, and its projections with LayerScale: what was added over what was projected."""
+    call, attention = block.call, block.attention
+    around = attention.parents[-1]
+    source = None
+    for each in _inside(seen, call):
+        ends_before = each.start < around.start and each not in around.parents
+        if ends_before and each.output is not None and around.input is not None and _close(each.output, around.input):
+            source = each.module
+    mid = None
+    if projections.output is not None and call.input is not None:
+        projected = F.linear(attention.output.transpose(1, 2).flatten(2), projections.output, projections.bias)
+        for each in _inside(seen, call):
+            if each.start < attention.start or each.input is None or each.input.shape != call.input.shape:
+                continue
+            added = each.input - call.input
+            scale = (added * projected).sum((0, 1)) / (projected * projected).sum((0, 1)).clamp(min=1e-30)
+            if _close(added, scale * projected):
+                mid = each.module
+                if not _close(scale, torch.ones_like(scale)):
+                    projections = replace(projections, scale=scale)
+                break
+    return BlockModules(call.module, attention.parents[-1].module, attention_input=source, mid=mid), projections
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, up to the rounding of their precision."""
+    if a.shape != b.shape:
+        return False
+    difference = (a - b).abs().max().item()
+    return difference <= _TOLERANCE.get(a.dtype, _LOOSE) * max(b.abs().max().item(), 1e-12)
+
+
+def _inside(seen: Forward, outer: ModuleCall) -> list[ModuleCall]:
+    return [call for call in seen.modules if outer in call.parents]
+
+
+def _at(call: AttentionCall, depth: int) -> ModuleCall | None:
+    return call.parents[depth] if depth < len(call.parents) else None
+
+
+def _list_elements(seen: Forward) -> set[int]:
+    root = seen.modules[0].module
+    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return {id(element) for each in lists for element in each}

@@ -1,0 +1,108 @@
+"""Watching one forward pass of an unknown model: who computes attention, on what, and what happens around it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionOperands
+from ..borrowing import borrowed
+from ..tap import AttentionTap
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of one module.
+
+    Attributes:
+        module: the module.
+        input: its first tensor argument, or None.
+        output: its output, or the first tensor of it; None while it runs and for outputs without tensors.
+        start: position of the call among all events of the forward.
+        parents: the calls it was made in, outermost first.
+    """
+
+    module: nn.Module
+    input: Tensor | None
+    start: int
+    parents: tuple[ModuleCall, ...]
+    output: Tensor | None = None
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One attention call.
+
+    Attributes:
+        operands: q, k, v (B, H, N, dh).
+        output: O (B, H, N, dh).
+        start: position among all events of the forward.
+        parents: the module calls it was made in, outermost first.
+    """
+
+    operands: AttentionOperands
+    output: Tensor
+    start: int
+    parents: tuple[ModuleCall, ...]
+
+
+@dataclass(eq=False)
+class Forward:
+    """Everything that was seen in one forward pass, in order."""
+
+    modules: list[ModuleCall] = field(default_factory=list)
+    attentions: list[AttentionCall] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module) -> Iterator[Forward]:
+    """Records every module call and every attention call inside; leaves nothing on the model."""
+    seen = Forward()
+    stack: list[ModuleCall] = []
+    events = 0
+
+    def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal events
+        events += 1
+        call = ModuleCall(module, first_tensor((*arguments, *named.values())), events, tuple(stack))
+        seen.modules.append(call)
+        stack.append(call)
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        stack.pop().output = first_tensor(output)
+
+    def attended(operands: AttentionOperands, output: Tensor) -> Tensor:
+        nonlocal events
+        events += 1
+        seen.attentions.append(AttentionCall(operands, output, events, tuple(stack)))
+        return output
+
+    tap = AttentionTap()
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(torch.inference_mode(False))
+        hooks.enter_context(borrowed(model))
+        for handle in tap.watch(model, attended):
+            hooks.callback(handle.remove)
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after).remove)
+        hooks.enter_context(tap)
+        yield seen
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a tensor, tuple, list or output object."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list):
+        return next((each for each in value if isinstance(each, Tensor)), None)
+    if hasattr(value, "to_tuple"):
+        return first_tensor(value.to_tuple())
+    return None
