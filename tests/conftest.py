@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import EXACT_STATES, FAMILIES, NOT_DEFINED, make_images, make_model
+from families import EXACT_STATES, NOT_DEFINED, TIMM, all_families, make_images, make_model
 from torch import Tensor, nn
 
 from vitexplain import list_methods
@@ -32,7 +32,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `method` runs for every method, one that takes `family`, `model` or `images` for every family."""
     by_method = "method" in metafunc.fixturenames
     by_family = "family" in metafunc.fixturenames
-    families = EXACT_STATES if metafunc.definition.get_closest_marker("exact_states") else sorted(FAMILIES)
+    marked = metafunc.definition.get_closest_marker
+    families = EXACT_STATES if marked("exact_states") else sorted(TIMM if marked("timm_families") else all_families())
     if by_method and by_family:
         pairs = [(m, f) for m in list_methods() for f in families if (m, f) not in NOT_DEFINED]
         metafunc.parametrize(("method", "family"), pairs)

@@ -44,11 +44,11 @@ class Family:
     size: tuple[int, int] = SIZE
 
 
-def _cls(count: int) -> Tensor:
+def first_token(count: int) -> Tensor:
     return torch.eye(count)[0]
 
 
-def _mean(prefix: int) -> Callable[[int], Tensor]:
+def mean_of_patches(prefix: int) -> Callable[[int], Tensor]:
     return lambda count: torch.tensor([0.0] * prefix + [1 / (count - prefix)] * (count - prefix))
 
 
@@ -65,40 +65,50 @@ def _eva(**options: object) -> Callable[[], nn.Module]:
 
 
 def _naflex() -> nn.Module:
-    return NaFlexVit(NaFlexVitCfg(patch_size=8, embed_dim=24, depth=3, num_heads=3, reg_tokens=2, global_pool="avg"), num_classes=7)
+    return NaFlexVit(
+        NaFlexVitCfg(patch_size=8, embed_dim=24, depth=3, num_heads=3, reg_tokens=2, global_pool="avg"), num_classes=7
+    )
 
 
-FAMILIES: dict[str, Family] = {
-    "cls": Family(_vit(), 1, _cls),
-    "registers": Family(_vit(reg_tokens=4, init_values=0.3), 5, _cls),
-    "mean_pooled": Family(_vit(global_pool="avg", class_token=False, reg_tokens=2, fc_norm=False), 2, _mean(2)),
-    "mean_pooled_with_cls": Family(_vit(global_pool="avg", qk_norm=True, qkv_bias=False), 1, _mean(1)),
+TIMM: dict[str, Family] = {
+    "cls": Family(_vit(), 1, first_token),
+    "registers": Family(_vit(reg_tokens=4, init_values=0.3), 5, first_token),
+    "mean_pooled": Family(
+        _vit(global_pool="avg", class_token=False, reg_tokens=2, fc_norm=False), 2, mean_of_patches(2)
+    ),
+    "mean_pooled_with_cls": Family(_vit(global_pool="avg", qk_norm=True, qkv_bias=False), 1, mean_of_patches(1)),
     "distilled": Family(
         lambda: VisionTransformerDistilled(img_size=SIZE, **DIMENSIONS),
         2,
         lambda count: torch.tensor([0.5, 0.5] + [0.0] * (count - 2)),
     ),
-    "dynamic": Family(_vit(dynamic_img_size=True, drop_path_rate=0.2, attn_drop_rate=0.2), 1, _cls, (5, 3), (40, 24)),
+    "dynamic": Family(
+        _vit(dynamic_img_size=True, drop_path_rate=0.2, attn_drop_rate=0.2), 1, first_token, (5, 3), (40, 24)
+    ),
     "attention_pool": Family(_vit(global_pool="map", class_token=False, reg_tokens=1), 1, None),
-    "post_norm": Family(_vit(block_fn=ResPostBlock, init_values=1e-5), 1, _cls),
-    "parallel": Family(_vit(block_fn=ParallelScalingBlock, class_token=False, global_pool="avg"), 0, _mean(0)),
-    "differential": Family(_vit(block_fn=DiffParallelScalingBlock), 1, _cls),
-    "several_attentions": Family(_vit(block_fn=ParallelThingsBlock), 1, _cls),
-    "eva": Family(_eva(), 1, _mean(1)),
+    "post_norm": Family(_vit(block_fn=ResPostBlock, init_values=1e-5), 1, first_token),
+    "parallel": Family(
+        _vit(block_fn=ParallelScalingBlock, class_token=False, global_pool="avg"), 0, mean_of_patches(0)
+    ),
+    "differential": Family(_vit(block_fn=DiffParallelScalingBlock), 1, first_token),
+    "several_attentions": Family(_vit(block_fn=ParallelThingsBlock), 1, first_token),
+    "eva": Family(_eva(), 1, mean_of_patches(1)),
     "eva_rope": Family(
-        _eva(num_reg_tokens=3, global_pool="token", use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True), 4, _cls
+        _eva(num_reg_tokens=3, global_pool="token", use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True),
+        4,
+        first_token,
     ),
     "eva_rope_mixed": Family(
         _eva(use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", use_abs_pos_emb=False, init_values=0.4),
         1,
-        _mean(1),
+        mean_of_patches(1),
     ),
-    "beit": Family(_small(Beit, init_values=0.4, use_abs_pos_emb=False, use_rel_pos_bias=True), 1, _mean(1)),
+    "beit": Family(_small(Beit, init_values=0.4, use_abs_pos_emb=False, use_rel_pos_bias=True), 1, mean_of_patches(1)),
     "beit_shared_bias": Family(
-        _small(Beit, global_pool="token", use_shared_rel_pos_bias=True, init_values=None), 1, _cls
+        _small(Beit, global_pool="token", use_shared_rel_pos_bias=True, init_values=None), 1, first_token
     ),
-    "relative_positions": Family(_small(VisionTransformerRelPos, class_token=False), 0, _mean(0)),
-    "naflex": Family(_naflex, 2, _mean(2), (5, 3), (40, 24)),
+    "relative_positions": Family(_small(VisionTransformerRelPos, class_token=False), 0, mean_of_patches(0)),
+    "naflex": Family(_naflex, 2, mean_of_patches(2), (5, 3), (40, 24)),
 }
 
 EXACT_STATES = ("cls", "registers", "mean_pooled", "mean_pooled_with_cls", "distilled", "dynamic")
@@ -113,10 +123,17 @@ NOT_DEFINED: dict[tuple[str, str], str] = {
 """Methods that a family's mathematics does not allow, and why; they must raise `UnsupportedModelError`."""
 
 
+def all_families() -> dict[str, Family]:
+    """timm's families and those of `discovered`."""
+    from discovered import DISCOVERED
+
+    return {**TIMM, **DISCOVERED}
+
+
 def make_model(family: str) -> nn.Module:
     """A model of a family with weights that make attention, gradients and class scores differ clearly."""
     torch.manual_seed(sum(map(ord, family)))
-    model = FAMILIES[family].build()
+    model = all_families()[family].build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
@@ -128,4 +145,4 @@ def make_model(family: str) -> nn.Module:
 
 def make_images(family: str, batch: int = 2, seed: int = 0) -> Tensor:
     """Normalised images (B, 3, H, W) of the size that the family's model takes."""
-    return torch.randn(batch, 3, *FAMILIES[family].size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, *all_families()[family].size, generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_images, make_model
+from families import all_families, make_images, make_model
 from references import REFERENCES, Trace
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -56,12 +56,12 @@ def test_every_method_has_a_reference_and_options_to_try() -> None:
 def test_method_equals_its_reference(method: str, family: str) -> None:
     # float64 on both sides: what is left is the algorithm
     model, images = make_model(family).double(), make_images(family).double()
-    count = FAMILIES[family].prefix + math.prod(FAMILIES[family].grid)
+    count = all_families()[family].prefix + math.prod(all_families()[family].grid)
     for options in OPTIONS[method]:
         scores = get_explainer(method, model, **options)(images, 4).scores
         for image, map_ in zip(images, scores, strict=True):
-            trace = Trace(copy.deepcopy(model), image, 4, FAMILIES[family].pooling(count))
-            expected = REFERENCES[method](trace, **options)[FAMILIES[family].prefix :].view_as(map_)
+            trace = Trace(copy.deepcopy(model), image, 4, all_families()[family].pooling(count))
+            expected = REFERENCES[method](trace, **options)[all_families()[family].prefix :].view_as(map_)
             scale = expected.abs().max().item()
             torch.testing.assert_close(map_, expected, rtol=1e-6, atol=1e-7 * scale, msg=lambda m: f"{options}: {m}")  # noqa: B023
 
@@ -119,7 +119,9 @@ def test_maps_known_on_paper(paper_model: nn.Module, target: int) -> None:
     for method, scores in expected.items():
         explanation = get_explainer(method, paper_model)(image, target)
         torch.testing.assert_close(explanation.logits[0], gathered, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(explanation.scores[0, 0], scores, rtol=1e-5, atol=1e-6, msg=lambda m: f"{method}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            explanation.scores[0, 0], scores, rtol=1e-5, atol=1e-6, msg=lambda m: f"{method}: {m}"
+        )  # noqa: B023
 
 
 @pytest.mark.exact_states

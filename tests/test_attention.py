@@ -66,7 +66,9 @@ def test_row_recursion_equals_the_dense_product(
             output_gradient=gradient,
             tile_rows=tile,
         )
-        by_rollout = (by_rollout + propagate(by_rollout, layer, lambda each: each.attention, tile_rows=tile).mean(1)) / 2
+        by_rollout = (
+            by_rollout + propagate(by_rollout, layer, lambda each: each.attention, tile_rows=tile).mean(1)
+        ) / 2
     torch.testing.assert_close(by_generic, (row[:, None] @ generic)[:, 0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(by_rollout, (row[:, None] @ rollout)[:, 0], rtol=1e-10, atol=1e-12)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, make_images, make_model
+from families import all_families, make_images, make_model
 from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ def eager(model: nn.Module, images: Tensor, target: int) -> tuple[list[Tensor], 
     return attention, gradients
 
 
+@pytest.mark.timm_families
 def test_attention_equals_eager_and_gradients_equal_autograd(model: nn.Module, images: Tensor) -> None:
     attention, gradients = eager(model, images, 3)
     with Capture(model, Needs(attention_gradient=True)) as capture:
@@ -119,13 +120,14 @@ def test_state_gradients_equal_autograd(model: nn.Module, images: Tensor) -> Non
     torch.testing.assert_close(capture.blocks[1].state_gradient("attention_input"), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.timm_families
 def test_seed_row_follows_the_head(family: str, model: nn.Module, images: Tensor) -> None:
     """The seed equals the pooling written down by hand, and the gradient of the final tokens agrees."""
-    count = FAMILIES[family].prefix + math.prod(FAMILIES[family].grid)
-    if FAMILIES[family].pooling is None:
+    count = all_families()[family].prefix + math.prod(all_families()[family].grid)
+    if all_families()[family].pooling is None:
         expected = pool_attention(model, images)
     else:
-        expected = FAMILIES[family].pooling(count)
+        expected = all_families()[family].pooling(count)
         torch.testing.assert_close(adapt(model).seed(count), expected)
     with Capture(model, Needs(state_gradients=frozenset({"out"}), from_block=2)) as capture:
         capture.backward(capture.forward(images).sum())
@@ -147,10 +149,13 @@ def pool_attention(model: nn.Module, images: Tensor) -> Tensor:
     return F.pad(weights, (model.num_prefix_tokens, 0)).detach()
 
 
+@pytest.mark.timm_families
 def test_the_graph_starts_at_the_first_needed_block(model: nn.Module, images: Tensor) -> None:
     """Blocks below it run without a graph, and weights never take part in one."""
     graphs: list[bool] = []
-    handles = [block.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad)) for block in model.blocks]
+    handles = [
+        block.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad)) for block in model.blocks
+    ]
     with Capture(model, Needs(attention_gradient=True, from_block=1)) as capture:
         logits = capture.forward(images)
         assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -202,7 +207,9 @@ def test_attention_that_is_not_seen_is_an_error_not_an_empty_map() -> None:
 
     model.blocks[1].attn = Handwritten(model.blocks[1].attn)
     with (
-        pytest.raises(CaptureError, match="block 1's attention .Handwritten. called neither scaled_dot_product_attention"),
+        pytest.raises(
+            CaptureError, match="block 1's attention .Handwritten. called neither scaled_dot_product_attention"
+        ),
         Capture(model, Needs(attention=True)) as capture,
     ):
         capture.forward(make_images("cls"))
@@ -263,7 +270,14 @@ def test_a_head_without_known_pooling_leaves_gradcam() -> None:
     from vitexplain import get_explainer
 
     model = VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=3, global_pool="max", class_token=False
+        img_size=16,
+        patch_size=8,
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        global_pool="max",
+        class_token=False,
     )
     images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     with pytest.raises(UnsupportedModelError, match="pools tokens by 'max'.*gradcam"):

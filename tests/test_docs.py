@@ -18,7 +18,9 @@ def methods_table() -> str:
     rows = ["| name | method | class-specific | passes | paper |", "|---|---|---|---|---|"]
     for name in list_methods():
         info = method_info(name)
-        rows.append(f"| `{name}` | {info.title} | {'yes' if info.class_specific else 'no'} | {info.passes} | {info.paper} |")
+        rows.append(
+            f"| `{name}` | {info.title} | {'yes' if info.class_specific else 'no'} | {info.passes} | {info.paper} |"
+        )
     return "\n".join(rows)
 
 

@@ -140,6 +140,19 @@ def test_object_shadow_and_outline_are_gone_without_objects() -> None:
         assert np.array_equal(empty, scene.recoloured(3).without_objects())
 
 
+def test_occlusion_hides_no_more_than_asked() -> None:
+    shares = {}
+    for occlusion in (0.0, 0.1, 0.4):
+        hidden = []
+        for seed in range(40):
+            free = make_scene(seed, size=48, occlusion=0.0).masks[0]
+            hidden.append(1 - make_scene(seed, size=48, occlusion=occlusion).masks[0].sum() / free.sum())
+        assert max(hidden) <= occlusion + 1e-9
+        shares[occlusion] = np.mean(hidden)
+    assert shares[0.0] == 0
+    assert 0 < shares[0.1] < shares[0.4]
+
+
 def test_classes_are_equally_frequent() -> None:
     counts = np.bincount([make_scene(seed, size=32).classes[0] for seed in range(600)], minlength=12)
     assert counts.min() > 25
@@ -179,6 +192,7 @@ def test_dataset_gives_normalised_images_and_labels() -> None:
         {"seed": 0, "num_objects": 0},
         {"seed": 0, "size": 8},
         {"seed": 0, "size": 96.0},
+        {"seed": 0, "occlusion": 0.9},
     ],
 )
 def test_wrong_scene_arguments(arguments: dict[str, object]) -> None:
@@ -301,7 +315,7 @@ def test_training_that_fails_writes_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def test_whole_scenes_train_the_model_as_it_is_used(model: nn.Module) -> None:
     settings = ClassifierSettings(steps=2, window_share=0.5, refining_share=0.0)
-    small, large = SceneBatches(ScenePool.paint(8, 8), settings)
+    small, large = SceneBatches(ScenePool.paint(8, 8, 0.2), settings)
     with torch.no_grad():
         assert window_tokens(model, small).shape[1] == 1 + 7 * 7
         torch.testing.assert_close(model.head(window_tokens(model, large)[:, 0]), model(large.images))
@@ -309,7 +323,7 @@ def test_whole_scenes_train_the_model_as_it_is_used(model: nn.Module) -> None:
 
 def test_batches_are_seeded_and_agree_with_the_masks() -> None:
     settings = ClassifierSettings(steps=4, window_share=0.5, refining_share=0.25)
-    pool = ScenePool.paint(8, 8)
+    pool = ScenePool.paint(8, 8, 0.2)
     first, second = list(SceneBatches(pool, settings)), list(SceneBatches(pool, settings))
     assert len(first) == 3
     assert len(list(SceneBatches(pool, settings, refining=True))) == 1

@@ -244,7 +244,7 @@ class _SayHandler(logging.Handler):
 
 @contextmanager
 def _spoken() -> Iterator[None]:
-    """Our warnings as one line each, every one of them, and our progress messages; other people's stay theirs."""
+    """Our warnings as one line each, and our progress messages; other people's stay theirs."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, ExplanationWarning):
@@ -256,7 +256,6 @@ def _spoken() -> Iterator[None]:
     level = logger.level
     with warnings.catch_warnings():
         before = warnings.showwarning
-        warnings.simplefilter("always", ExplanationWarning)
         warnings.showwarning = show
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

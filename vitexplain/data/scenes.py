@@ -63,6 +63,7 @@ class Scene:
         masks: (K, S, S), bool; the pixels where each object is visible, after occlusion.
         boxes: (K, 4), int64; x0, y0, x1, y1 around each mask, x1 and y1 exclusive.
         seed: the number this scene was made from.
+        occlusion: largest share of an object that was allowed to be hidden by a bar in front.
     """
 
     image: NDArray[np.uint8] = field(repr=False)
@@ -70,6 +71,7 @@ class Scene:
     masks: NDArray[np.bool_] = field(repr=False)
     boxes: NDArray[np.int64] = field(repr=False)
     seed: int
+    occlusion: float
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ class Scene:
         Background, clutter, light and sensor noise are those of the scene; the objects, their shadows and their
         outlines are gone. A model that still knows the class cheats.
         """
-        return _render(self.seed, len(self.classes), self.image.shape[0], with_objects=False).image
+        return self._again(with_objects=False).image
 
     def recoloured(self, variant: int) -> Scene:
         """Returns the same scene with other colours and textures on the objects.
@@ -95,16 +97,22 @@ class Scene:
         """
         if isinstance(variant, bool) or not isinstance(variant, int) or variant < 1:
             raise InputError(f"variant is {variant!r}; expected an integer of 1 or more, each giving other colours.")
-        return _render(self.seed, len(self.classes), self.image.shape[0], colours=variant)
+        return self._again(colours=variant)
+
+    def _again(self, *, with_objects: bool = True, colours: int = 0) -> Scene:
+        count, size = len(self.classes), self.image.shape[0]
+        return _render(self.seed, count, size, self.occlusion, with_objects=with_objects, colours=colours)
 
 
-def make_scene(seed: int, *, num_objects: int | None = 1, size: int = SIZE) -> Scene:
+def make_scene(seed: int, *, num_objects: int | None = 1, size: int = SIZE, occlusion: float = 0.1) -> Scene:
     """Makes the scene of a seed.
 
     Args:
         seed: any non-negative integer; `SPLITS` says which seeds are for training, validation and testing.
         num_objects: 1 or 2 labelled objects; None lets the seed decide.
         size: side of the picture in pixels, 32 to 1024. The layout is the same for every size.
+        occlusion: largest share of an object that a thin bar in front may hide, 0 to 0.5. Larger values also give more
+            bars: each object gets one with a chance of 0.05 + 1.5 * occlusion, where it hides no more than that.
 
     Returns:
         The scene. The same arguments give the same pixels every time, whatever was made before.
@@ -118,9 +126,11 @@ def make_scene(seed: int, *, num_objects: int | None = 1, size: int = SIZE) -> S
         raise InputError(f"num_objects is {num_objects!r}; expected 1, 2 or None (the seed decides).")
     if not isinstance(size, int | np.integer) or not _SMALLEST_SIZE <= size <= _LARGEST_SIZE:
         raise InputError(f"size is {size!r}; expected an integer from {_SMALLEST_SIZE} to {_LARGEST_SIZE} pixels.")
+    if not 0 <= occlusion <= 0.5:
+        raise InputError(f"occlusion is {occlusion!r}; expected a share from 0 to 0.5.")
     if num_objects is None:
         num_objects = int(_stream(int(seed), _COUNT).integers(1, _MOST_OBJECTS + 1))
-    return _render(int(seed), int(num_objects), int(size))
+    return _render(int(seed), int(num_objects), int(size), float(occlusion))
 
 
 def normalise(images: NDArray[np.uint8]) -> torch.Tensor:
@@ -221,7 +231,9 @@ def _layout(rng: np.random.Generator, count: int) -> tuple[list[int], list[list[
     return labels, placed
 
 
-def _render(seed: int, count: int, size: int, *, with_objects: bool = True, colours: int = 0) -> Scene:
+def _render(
+    seed: int, count: int, size: int, occlusion: float, *, with_objects: bool = True, colours: int = 0
+) -> Scene:
     """Paints the layers of a scene from back to front."""
     labels, outlines = _layout(_stream(seed, _LAYOUT, count), count)
     clutter = _stream(seed, _CLUTTER)
@@ -241,16 +253,16 @@ def _render(seed: int, count: int, size: int, *, with_objects: bool = True, colo
         for front in range(behind + 1, count):
             visible[behind] &= ~visible[front]
     for rings in outlines:
-        if clutter.random() < 0.35:
+        if clutter.random() < 0.05 + 1.5 * occlusion:
             bar = occluder(clutter, size, np.concatenate(rings).mean(axis=0) * size)
             fill = surface(clutter, bar.window, size, colour(clutter), clutter.uniform(0.0, 1.0))
             covered = bar.mask(size)
-            if all(np.count_nonzero(mask & covered) <= 0.2 * np.count_nonzero(mask) for mask in visible):
+            if all(np.count_nonzero(mask & covered) <= occlusion * np.count_nonzero(mask) for mask in visible):
                 paint(canvas, bar, fill, light)
                 visible = [mask & ~covered for mask in visible]
     masks = np.stack(visible)
     boxes = np.array([_box(mask) for mask in masks], np.int64)
-    return Scene(photograph(_stream(seed, _CAMERA), canvas), tuple(labels), masks, boxes, seed)
+    return Scene(photograph(_stream(seed, _CAMERA), canvas), tuple(labels), masks, boxes, seed, occlusion)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

@@ -162,20 +162,33 @@ def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> t
                 continue
             added = each.input - call.input
             scale = (added * projected).sum((0, 1)) / (projected * projected).sum((0, 1)).clamp(min=1e-30)
-            if _close(added, scale * projected):
+            if _close(added, scale * projected, stream=each.input):
                 mid = each.module
-                if not _close(scale, torch.ones_like(scale)):
-                    projections = replace(projections, scale=scale)
+                projections = replace(projections, scale=_layer_scale(call.module, scale))
                 break
     return BlockModules(call.module, attention.parents[-1].module, attention_input=source, mid=mid), projections
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, up to the rounding of their precision."""
+def _layer_scale(block: nn.Module, measured: Tensor) -> Tensor | None:
+    """The block's own parameter that a measured ratio is nearest to, if it is near; None for no scaling."""
+    ones = torch.ones_like(measured)
+    own = [each.detach() for each in block.parameters() if each.shape == measured.shape]
+    nearest = min([ones, *own], key=lambda each: (each - measured).abs().float().mean().item())
+    if not _close(nearest, measured):
+        return measured
+    return None if nearest is ones else nearest
+
+
+def _close(a: Tensor, b: Tensor, stream: Tensor | None = None) -> bool:
+    """Whether two tensors hold the same numbers, up to the rounding of their precision.
+
+    `stream` is what they were subtracted from: in half precision its rounding is what is left of small additions.
+    """
     if a.shape != b.shape:
         return False
-    difference = (a - b).abs().max().item()
-    return difference <= _TOLERANCE.get(a.dtype, _LOOSE) * max(b.abs().max().item(), 1e-12)
+    half = a.dtype not in _TOLERANCE
+    size = (stream if half and stream is not None else b).abs().max().item()
+    return (a - b).abs().max().item() <= _TOLERANCE.get(a.dtype, _LOOSE) * max(size, 1e-12)
 
 
 def _inside(seen: Forward, outer: ModuleCall) -> list[ModuleCall]:

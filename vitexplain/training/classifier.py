@@ -233,7 +233,7 @@ def _fit(settings: ClassifierSettings, progress: bool) -> tuple[nn.Module, list[
         try:
             torch.manual_seed(settings.seed)
             model = build_model(settings.architecture)
-            pool = ScenePool.paint(settings.one_object_scenes, settings.two_object_scenes)
+            pool = ScenePool.paint(settings.one_object_scenes, settings.two_object_scenes, settings.occlusion)
             history = _fit_round(model, pool, settings, refining=False, progress=progress)
             if settings.refining_steps:
                 torch.manual_seed(settings.seed + 1)

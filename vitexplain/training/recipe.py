@@ -23,6 +23,7 @@ class ClassifierSettings:
         architecture: arguments of `vitexplain.models.embedded.build_model`.
         one_object_scenes: training scenes with one object, each used several times, mirrored and shifted.
         two_object_scenes: training scenes with two objects; the target is half of each class.
+        occlusion: of the training scenes (see `make_scene`); more than in the scenes the model is tested on.
         steps: number of training steps, both rounds together.
         window_share: share of the steps, the first ones, that see windows around the object; the rest see whole scenes.
         fading_share: share of the steps, the first ones, in which textures and clutter grow from none to full.
@@ -47,6 +48,7 @@ class ClassifierSettings:
     architecture: Mapping[str, Any] = field(default_factory=lambda: dict(SCENES_ARCHITECTURE))
     one_object_scenes: int = 22_000
     two_object_scenes: int = 8_000
+    occlusion: float = 0.2
     steps: int = 8_000
     window_share: float = 0.375
     fading_share: float = 0.1
@@ -73,6 +75,7 @@ class ClassifierSettings:
             (("two_object_scenes", "warmup_steps", "seed", "threads", "guidance", "weight_decay"), 0, math.inf),
             (("window_share", "fading_share", "refining_share", "two_object_share", "label_smoothing"), 0, 1),
             (("learning_rate", "refining_rate", "gradient_clip"), 1e-12, math.inf),
+            (("occlusion",), 0, 0.5),
             (("window",), 1, SIZE // PATCH - 1),
         ):
             wrong += [f"{name} = {value!r}" for name in names if not low <= (value := getattr(self, name)) <= high]

@@ -58,12 +58,12 @@ class ScenePool:
     ones: int
 
     @classmethod
-    def paint(cls, ones: int, twos: int) -> ScenePool:
+    def paint(cls, ones: int, twos: int, occlusion: float) -> ScenePool:
         """Paints the first scenes of the training split."""
         images = np.empty((ones + twos, SIZE, SIZE, 3), np.uint8)
         objects = np.full((ones + twos, SIZE, SIZE), NO_OBJECT, np.uint8)
         for index in range(ones + twos):
-            scene = make_scene(SPLITS["train"][index], num_objects=1 if index < ones else 2)
+            scene = make_scene(SPLITS["train"][index], num_objects=1 if index < ones else 2, occlusion=occlusion)
             images[index] = scene.image
             for label, mask in zip(scene.classes, scene.masks, strict=True):
                 objects[index][mask] = label
