@@ -53,12 +53,12 @@ def _torchvision() -> nn.Module:
 
 
 class _OwnBlock(nn.Module):
-    """Pre-norm block on `nn.MultiheadAttention`, batch second, as OpenAI's CLIP has it inside; LayerScale on top."""
+    """Pre-norm block on `nn.MultiheadAttention`, with LayerScale."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool) -> None:
         super().__init__()
         self.before, self.after = nn.LayerNorm(24), nn.LayerNorm(24)
-        self.attention = nn.MultiheadAttention(24, 3, batch_first=True)
+        self.attention = nn.MultiheadAttention(24, 3, batch_first=batch_first)
         self.scale = nn.Parameter(torch.ones(24))
         self.feed_forward = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24))
 
@@ -73,18 +73,21 @@ class Own(nn.Module):
 
     image_size = SIZE
 
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
+        self.batch_first = batch_first
         self.stem = nn.Conv2d(3, 24, 8, 8)
         self.extra = nn.Parameter(torch.zeros(1, 3, 24))
         self.places = nn.Parameter(torch.zeros(1, 27, 24))
-        self.layers = nn.Sequential(*[_OwnBlock() for _ in range(3)])
+        self.layers = nn.Sequential(*[_OwnBlock(batch_first) for _ in range(3)])
         self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 7)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.stem(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.extra.expand(len(images), -1, -1), tokens], dim=1) + self.places
-        return self.head(self.norm(self.layers(tokens)).mean(1))
+        if self.batch_first:
+            return self.head(self.norm(self.layers(tokens)).mean(1))
+        return self.head(self.norm(self.layers(tokens.transpose(0, 1))).mean(0))
 
 
 class PooledByAttention(Own):
@@ -137,5 +140,6 @@ DISCOVERED: dict[str, Family] = {
     "hf_siglip": _square(_image_text("Siglip"), 0, None),
     "torchvision": _square(_torchvision, 1, first_token),
     "own": Family(Own, 3, _uniform),
+    "own_batch_second": Family(functools.partial(Own, batch_first=False), 3, _uniform),  # as in OpenAI's CLIP
     "own_attention_pool": Family(PooledByAttention, 3, None),
 }

@@ -168,6 +168,11 @@ class Capture:
             )
 
         def keep(state: Tensor) -> Tensor:
+            if modules.batch_second:
+                return kept(state.transpose(0, 1)).transpose(0, 1)
+            return kept(state)
+
+        def kept(state: Tensor) -> Tensor:
             if kind in self.needs.state_gradients:
 
                 def store(gradient: Tensor) -> None:

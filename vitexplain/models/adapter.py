@@ -24,6 +24,7 @@ class BlockModules:
         mid: its input is state ``mid``.
         mlp: its output is state ``mlp``; without one, that is ``out`` minus ``mid``.
         combination: how several attention calls of the block make one.
+        batch_second: token states inside the block are (N, B, D).
     """
 
     block: nn.Module
@@ -32,6 +33,7 @@ class BlockModules:
     mid: nn.Module | None = None
     mlp: nn.Module | None = None
     combination: Combination = field(default_factory=Combination)
+    batch_second: bool = False
 
 
 class ModelAdapter(ABC):

@@ -155,7 +155,7 @@ class DiscoveredAdapter(ModelAdapter):
 
         def equalise(_: nn.Module, __: Any, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
-            middle = states[:, states.shape[1] // 2 :][:, :1]
+            middle = states.flatten(0, 1)[self._tokens // 2]  # a batch of one, so whatever the layout
             leaf.append(middle.expand_as(states).clone().requires_grad_(True))
             return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
 
@@ -167,7 +167,7 @@ class DiscoveredAdapter(ModelAdapter):
                 handle.remove()
             direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
             (gradient,) = torch.autograd.grad((logits * direction).sum(), leaf)
-        weights = gradient[0].float().norm(dim=-1).cpu()
+        weights = gradient.flatten(0, 1).float().norm(dim=-1).cpu()
         weights = torch.where(weights < 1e-4 * weights.max(), 0.0, weights)
         if not weights.any():
             raise UnsupportedModelError("the head does not read the last block's tokens, so no seed row can be found")

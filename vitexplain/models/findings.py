@@ -19,10 +19,11 @@ _LOOSE = 0.05  # half precisions
 
 @dataclass(frozen=True, eq=False)
 class FoundBlock:
-    """A block and its attention, as they were called."""
+    """A block and its attention, as they were called; `batch_second` where its token states are (N, B, D)."""
 
     call: ModuleCall
     attention: AttentionCall
+    batch_second: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +76,20 @@ def find_blocks(seen: Forward) -> list[FoundBlock]:
             f"{len(calls)} attention calls were seen in {len(modules)} blocks; expected one call in each of a list of "
             "blocks that are modules of their own. Write a ModelAdapter"
         )
-    for block in found:
-        shapes = {None if state is None else tuple(state.shape[:2]) for state in (block.call.input, block.call.output)}
-        if shapes != {(1, block.attention.operands.num_tokens)}:
-            raise UnsupportedModelError(
-                f"a {type(block.call.module).__name__} takes and gives {shapes}; expected token states (B, N, D). Models "
-                "that put the batch second or pass images between blocks need a ModelAdapter"
-            )
-    return found
+    return [_with_layout(block) for block in found]
+
+
+def _with_layout(block: FoundBlock) -> FoundBlock:
+    tokens = block.attention.operands.num_tokens
+    shapes = {None if state is None else tuple(state.shape[:2]) for state in (block.call.input, block.call.output)}
+    if shapes == {(1, tokens)}:
+        return block
+    if shapes == {(tokens, 1)}:
+        return replace(block, batch_second=True)
+    raise UnsupportedModelError(
+        f"a {type(block.call.module).__name__} takes and gives tensors that begin with {shapes}; expected token states "
+        "(B, N, D) or (N, B, D). Models that pass anything else between blocks need a ModelAdapter"
+    )
 
 
 def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, int]]:
@@ -98,7 +105,9 @@ def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, 
         if isinstance(call.module, nn.Conv2d) and call.start < first and call.output is not None
     ]
     if not convolutions:
-        raise UnsupportedModelError("no patch convolution was seen, so the patch grid is not known; write a ModelAdapter")
+        raise UnsupportedModelError(
+            "no patch convolution was seen, so the patch grid is not known; write a ModelAdapter"
+        )
     last = convolutions[-1]
     h, w = (int(side) for side in last.output.shape[-2:])  # type: ignore[union-attr]
     if h * w > tokens:
@@ -138,7 +147,9 @@ def find_projections(seen: Forward, block: FoundBlock) -> Projections:
             output = call.module
         if call.start < attention.start:
             for share in (1, 3):  # a projection of its own, or the last third of one for q, k and v
-                if call.output.shape[-1] == share * values.shape[-1] and _close(call.output.chunk(share, -1)[-1], values):
+                if call.output.shape[-1] == share * values.shape[-1] and _close(
+                    call.output.chunk(share, -1)[-1], values
+                ):
                     value_weight = call.module.weight.detach().chunk(share)[-1]
     if output is None:
         return Projections(heads, value=value_weight)
@@ -148,15 +159,17 @@ def find_projections(seen: Forward, block: FoundBlock) -> Projections:
 def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> tuple[BlockModules, Projections]:
     """Where the block is tapped, and its projections with LayerScale: what was added over what was projected."""
     call, attention = block.call, block.attention
-    around = attention.parents[-1]
+    outer = attention.parents[-1]
     source = None
     for each in _inside(seen, call):
-        ends_before = each.start < around.start and each not in around.parents
-        if ends_before and each.output is not None and around.input is not None and _close(each.output, around.input):
+        ends_before = each.start < outer.start and each not in outer.parents
+        if ends_before and each.output is not None and outer.input is not None and _close(each.output, outer.input):
             source = each.module
     mid = None
     if projections.output is not None and call.input is not None:
         projected = F.linear(attention.output.transpose(1, 2).flatten(2), projections.output, projections.bias)
+        if block.batch_second:
+            projected = projected.transpose(0, 1)
         for each in _inside(seen, call):
             if each.start < attention.start or each.input is None or each.input.shape != call.input.shape:
                 continue
@@ -166,7 +179,9 @@ def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> t
                 mid = each.module
                 projections = replace(projections, scale=_layer_scale(call.module, scale))
                 break
-    return BlockModules(call.module, attention.parents[-1].module, attention_input=source, mid=mid), projections
+    around = attention.parents[-1].module
+    modules = BlockModules(call.module, around, attention_input=source, mid=mid, batch_second=block.batch_second)
+    return modules, projections
 
 
 def _layer_scale(block: nn.Module, measured: Tensor) -> Tensor | None:

@@ -202,7 +202,10 @@ def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[n
         plain, _, tag = architecture.partition(".")
         tags = [each.partition(".")[2] for each in timm.list_models(f"{plain}.*", pretrained=True)]
         raise UnknownNameError.listing(f"pretrained tag of {plain}", tag, tags) from error
-    adapt(_without_weights(architecture))  # says so before anything is fetched, if it is not supported
+    try:
+        adapt(_without_weights(architecture))  # before anything is fetched
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name} is not supported: {error}") from error
     if checkpoint is None:
         return fetch_pretrained(architecture)
     state = read_state(checkpoint)

@@ -1,0 +1,277 @@
+"""What is found out about unknown models, against what those models say of themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from discovered import DISCOVERED, SQUARE, Own
+from families import make_images, make_model
+from torch import Tensor, nn
+
+from vitexplain import Capture, InputError, Needs, UnsupportedModelError, adapt, get_explainer
+from vitexplain.models.discovery import DiscoveredAdapter
+from vitexplain.models.image_text import ImageTextModel
+
+HUGGING_FACE = sorted(name for name in DISCOVERED if name.startswith("hf_"))
+ATTENTION = Needs(attention_gradient=True)
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    output = model(images)
+    return getattr(output, "logits", output)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_attention_equals_its_eager_attention(name: str) -> None:
+    model, images = make_model(name), make_images(name)
+    with Capture(model, ATTENTION) as capture:
+        capture.backward(capture.forward(images)[:, 3].sum())
+    model.set_attn_implementation("eager")
+    output = model(pixel_values=images, output_attentions=True)
+    eager = [each for each in output.attentions if each.shape[-2:] == (capture.num_tokens,) * 2]
+    assert len(eager) == len(capture.blocks) == 3
+    gradients = torch.autograd.grad(output.logits[:, 3].sum(), eager)
+    for block, attention, gradient in zip(capture.blocks, eager, gradients, strict=True):
+        torch.testing.assert_close(block.attention(), attention.detach(), rtol=0, atol=1e-5)
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(block.attention_gradient(), gradient, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "own", "own_batch_second", "own_attention_pool"])
+def test_multihead_attention_equals_its_own_weights(name: str) -> None:
+    model, images = make_model(name), make_images(name)
+    weights: list[Tensor] = []
+
+    def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
+
+    def keep(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+        weights.append(output[1].detach())
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            handles += [module.register_forward_pre_hook(ask, with_kwargs=True), module.register_forward_hook(keep)]
+    expected = logits_of(model, images)
+    for handle in handles:
+        handle.remove()
+    with Capture(model, ATTENTION) as capture:
+        logits = capture.forward(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(weights) == 3
+    for block, attention in zip(capture.blocks, weights, strict=True):
+        torch.testing.assert_close(block.attention(), attention, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(DISCOVERED))
+def test_attention_gradients_predict_what_a_change_of_attention_does(name: str) -> None:
+    """By finite differences, for models without eager attention too: the whole path from attention to logit."""
+    model, images = make_model(name).double(), make_images(name).double()[:1]
+    with Capture(model, ATTENTION) as capture:
+        capture.backward(capture.forward(images)[:, 2].sum())
+    block = capture.blocks[1]
+    change = torch.randn(block.attention().shape, generator=torch.Generator().manual_seed(0)).double()
+    predicted = (block.attention_gradient() * change).sum().item()
+    step, scores = 1e-5, []
+    for sign in (1, -1):
+        added = sign * step * change @ block.operands.v
+        scores.append(_score_with_added_output(model, images, 1, added))
+    assert (scores[0] - scores[1]) / (2 * step) == pytest.approx(predicted, rel=1e-5, abs=1e-9)
+
+
+def _score_with_added_output(model: nn.Module, images: Tensor, index: int, added: Tensor) -> float:
+    from vitexplain.tap import AttentionTap
+
+    adapter, tap = adapt(model), AttentionTap()
+    handles = tap.watch(adapter.blocks[index].attention, lambda _, output: output + added)
+    with torch.no_grad(), adapter.prepared(), tap:
+        score = adapter.logits(images)[0, 2].item()
+    for handle in handles:
+        handle.remove()
+    return score
+
+
+@pytest.mark.parametrize("name", sorted(DISCOVERED))
+def test_pooling_is_measured(name: str) -> None:
+    family, model = DISCOVERED[name], make_model(name)
+    adapter = adapt(model)
+    assert isinstance(adapter, DiscoveredAdapter)
+    assert adapter.num_prefix_tokens == family.prefix
+    count = family.prefix + math.prod(family.grid)
+    if family.pooling is not None:
+        torch.testing.assert_close(adapter.seed(count), family.pooling(count), rtol=1e-3, atol=1e-6)
+    elif "dinov2" in name:  # reads CLS beside the mean over patches; registers are not read
+        seed = adapter.seed(count)
+        assert 0.2 < seed[0] < 0.8
+        assert not seed[1 : family.prefix].any()
+        torch.testing.assert_close(seed[family.prefix :], ((1 - seed[0]) / 16).expand(16), rtol=1e-3, atol=0)
+    else:
+        assert adapter.pool is not None
+
+
+@pytest.mark.parametrize("name", ["hf_siglip", "own_attention_pool"])
+def test_the_seed_row_of_an_attention_pool_is_its_attention(name: str) -> None:
+    model, images = make_model(name), make_images(name)
+    tokens: list[Tensor] = []
+    pool = adapt(model).pool.attention
+    handle = pool.register_forward_pre_hook(lambda _, args, named: tokens.append((args, named)), with_kwargs=True)
+    logits_of(model, images)
+    handle.remove()
+    (args, named), heads = tokens[0], 3
+    if isinstance(pool, nn.MultiheadAttention):
+        query, key = (
+            named.get("query", args[0] if args else None),
+            named.get("key", args[1] if len(args) > 1 else None),
+        )
+        weights = pool(query, key, key, need_weights=True)[1].mean(1).detach()
+    else:
+        q, k = (each.unflatten(-1, (heads, 8)).transpose(1, 2) for each in (pool.query, pool.key(args[0])))
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(-1).mean((1, 2)).detach()
+    with Capture(model, ATTENTION) as capture:
+        capture.forward(images)
+    torch.testing.assert_close(capture.seed_row(), weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(DISCOVERED))
+def test_heads_and_feed_forward_add_up_to_the_block(name: str) -> None:
+    model, images = make_model(name), make_images(name)
+    states = frozenset({"in", "attention_input", "mid", "mlp", "out"})
+    with Capture(model, Needs(attention=True, states=states)) as capture:
+        capture.forward(images)
+    for block in capture.blocks:
+        update = (block.attention() @ block.operands.v @ block.output_weight).sum(1)
+        constant = (
+            block.state("mid") - block.state("in") - update
+        )  # what is left is the output bias, the same everywhere
+        torch.testing.assert_close(constant, constant[:1, :1].expand_as(constant), rtol=0, atol=2e-4)
+        values = block.state("attention_input")[:, None] @ block.value_weight
+        offset = block.operands.v - values
+        torch.testing.assert_close(offset, offset[:1, :, :1].expand_as(offset), rtol=0, atol=2e-4)
+        torch.testing.assert_close(block.state("mid") + block.state("mlp"), block.state("out"))
+
+
+def test_other_sizes_where_the_model_takes_them() -> None:
+    model = make_model("hf_dinov2")
+    scores = get_explainer("tokentm", model)(torch.randn(1, 3, 48, 24, generator=torch.Generator().manual_seed(0)), 1)
+    assert scores.scores.shape == (1, 6, 3)
+
+
+def test_a_size_that_cannot_be_guessed_can_be_given() -> None:
+    model = make_model("own")
+    model.image_size = None
+    with pytest.raises(UnsupportedModelError, match=r"image_size=\(H, W\)"):
+        get_explainer("rollout", model)
+    explainer = get_explainer("rollout", DiscoveredAdapter(model, image_size=(32, 48)))
+    assert explainer(make_images("own")).scores.shape == (2, 4, 6)
+    with pytest.raises(InputError, match="at least one patch"):
+        adapt(make_model("own")).grid((4, 48))
+
+
+def test_hierarchical_models_are_refused_by_name() -> None:
+    import transformers
+
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+    with pytest.raises(UnsupportedModelError, match="windows or stages"):
+        get_explainer("rollout", transformers.SwinForImageClassification(config))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+            "no attention was seen",
+        ),
+        (nn.Linear(3, 3), "could not be run on images"),
+    ],
+)
+def test_models_without_attention_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        adapt(model)
+
+
+def test_models_without_scores_are_refused() -> None:
+    import transformers
+
+    options = {key: value for key, value in SQUARE.items() if key != "num_labels"}
+    with pytest.raises(UnsupportedModelError, match="classification head"):
+        adapt(transformers.ViTModel(transformers.ViTConfig(**options)))
+
+
+def test_discovery_leaves_nothing_behind() -> None:
+    model = make_model("own").train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    adapt(model)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.fixture
+def clip() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {key: value for key, value in SQUARE.items() if key != "num_labels"}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "vision" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def test_image_text_models_explain_texts(clip: nn.Module) -> None:
+    tokens = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2], [1, 9, 3, 2]])
+    images = make_images("hf_clip")
+    model = ImageTextModel.from_texts(clip, ["one", "two", "three"], lambda texts: {"input_ids": tokens})
+    expected = clip(input_ids=tokens, pixel_values=images).logits_per_image
+    explanation = get_explainer("tokentm", model)(images, [[0, 1, 2]] * 2)
+    torch.testing.assert_close(explanation.logits, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert explanation.scores.shape == (2, 3, 4, 4)
+    assert (explanation.scores[:, 0] - explanation.scores[:, 1]).abs().max() > 1e-3 * explanation.scores.max()
+    torch.testing.assert_close(adapt(model).seed(17), F.one_hot(torch.tensor(0), 17).float())
+
+
+def test_image_text_mistakes_are_named(clip: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="ImageTextModel"):
+        get_explainer("tokentm", clip)
+    with pytest.raises(UnsupportedModelError, match="neither get_image_features nor encode_image"):
+        ImageTextModel(nn.Linear(2, 2), torch.zeros(2, 3))
+    with pytest.raises(InputError, match="expected .K, D."):
+        ImageTextModel(clip, torch.zeros(3))
+    with pytest.raises(InputError, match="no texts"):
+        ImageTextModel.from_texts(clip, [], lambda texts: {})
+
+
+def test_the_clip_layout_of_openai_and_open_clip() -> None:
+    """`encode_image` and `logit_scale` beside the tower."""
+
+    class Encoder(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+        def encode_image(self, images: Tensor) -> Tensor:
+            return Own.forward(self, images)
+
+    torch.manual_seed(0)
+    model = ImageTextModel(Encoder().eval(), torch.randn(4, 7))
+    model.image_size = (32, 48)
+    assert get_explainer("generic_attention", model)(make_images("own"), 2).scores.shape == (2, 4, 6)

@@ -1,0 +1,88 @@
+"""Image-text models (CLIP, SigLIP) as classifiers of texts, so that every method can explain "why this text?"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedModelError
+
+Tokeniser = Callable[[list[str]], Any]
+"""Maps texts to what the text encoder takes: a tensor of token ids, or a mapping of keyword arguments."""
+
+
+class ImageTextModel(nn.Module):
+    """The image side of an image-text model, scored against fixed texts: images (B, C, H, W) to logits (B, K).
+
+    ::
+
+        model = ImageTextModel.from_texts(clip, ["a photo of a cat", "a photo of a dog"], tokeniser)
+        get_explainer("tokentm", model)(images, target=0)      # why "a photo of a cat"?
+
+    Args:
+        model: with `get_image_features(pixel_values=…)` (Hugging Face) or `encode_image(images)` (OpenAI, open_clip).
+        text_embeddings: (K, D), from the same model's text encoder; normalised here.
+
+    Raises:
+        UnsupportedModelError: the model has no image encoder of either kind.
+        InputError: the embeddings are not (K, D).
+    """
+
+    def __init__(self, model: nn.Module, text_embeddings: Tensor) -> None:
+        super().__init__()
+        if text_embeddings.ndim != 2 or not len(text_embeddings):
+            raise InputError(f"found text embeddings of shape {tuple(text_embeddings.shape)}, expected (K, D)")
+        if not (hasattr(model, "get_image_features") or hasattr(model, "encode_image")):
+            raise UnsupportedModelError(
+                f"a {type(model).__name__} has neither get_image_features nor encode_image; expected an image-text model"
+            )
+        self.model = model
+        self.text_embeddings = F.normalize(text_embeddings.detach(), dim=-1)
+        config = getattr(getattr(model, "config", None), "vision_config", None)
+        size = getattr(config, "image_size", getattr(getattr(model, "visual", None), "image_size", None))
+        if size is not None:
+            self.image_size = size
+
+    @classmethod
+    def from_texts(cls, model: nn.Module, texts: Sequence[str], tokeniser: Tokeniser) -> ImageTextModel:
+        """Encodes texts with the model's own text encoder.
+
+        Args:
+            model: as for the class.
+            texts: K prompts.
+            tokeniser: the model's; with Hugging Face, ``lambda texts: tokenizer(texts, padding=True,
+                return_tensors="pt")``.
+        """
+        if not texts:
+            raise InputError("found no texts, expected at least one")
+        tokens, anything = tokeniser(list(texts)), cast("Any", model)
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            if hasattr(model, "get_text_features"):
+                named = dict(tokens) if hasattr(tokens, "keys") else {"input_ids": tokens}
+                output = anything.get_text_features(**{name: value.to(device) for name, value in named.items()})
+            else:
+                output = anything.encode_text(tokens.to(device))
+        return cls(model, _features(output))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scaled cosine similarities (B, K), the model's own logits for these texts."""
+        model = cast("Any", self.model)
+        encode = getattr(model, "get_image_features", None) or model.encode_image
+        features = F.normalize(_features(encode(images)), dim=-1)
+        logits = features @ self.text_embeddings.to(features).T * model.logit_scale.exp()
+        bias = getattr(model, "logit_bias", None)
+        return logits if bias is None else logits + bias
+
+
+def _features(output: Any) -> Tensor:
+    """Pooled features (B, D), whatever they are wrapped in."""
+    pooled = getattr(output, "pooler_output", output)
+    if not isinstance(pooled, Tensor) or pooled.ndim != 2:
+        found = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(output).__name__
+        raise UnsupportedModelError(f"an encoder returned {found}; expected features of shape (B, D)")
+    return pooled
