@@ -88,10 +88,8 @@ class TokenTM(ResidualMethod):
     def _head_weight(self, block: BlockRecord) -> Tensor:
         """Weights (B, H, N) of the transformation by each head, without a (B, H, N, D) tensor."""
         state, output = block.state("in"), block.output_weight
-        if self.transformation == "literal":
-            values = state[:, None] @ block.value_weight
-        else:
-            values = widen(block.operands.v)
+        literal = self.transformation == "literal"
+        values = state[:, None] @ block.value_weight if literal else widen(block.operands.v)
         # ‖v W‖² = v (W Wᵀ) vᵀ and x · (v W) = (x Wᵀ) · v
         squared = ((values @ (output @ output.transpose(1, 2))) * values).sum(-1)
         aligned = ((state[:, None] @ output.transpose(1, 2)) * values).sum(-1)

@@ -29,7 +29,7 @@ def images(family: str) -> Tensor:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for every method, one that takes `family`, `model` or `images` for every family."""
+    """A test that takes `method` runs for every method, one that takes `family` for every family."""
     by_method = "method" in metafunc.fixturenames
     by_family = "family" in metafunc.fixturenames
     marked = metafunc.definition.get_closest_marker

@@ -120,8 +120,8 @@ def test_maps_known_on_paper(paper_model: nn.Module, target: int) -> None:
         explanation = get_explainer(method, paper_model)(image, target)
         torch.testing.assert_close(explanation.logits[0], gathered, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            explanation.scores[0, 0], scores, rtol=1e-5, atol=1e-6, msg=lambda m: f"{method}: {m}"
-        )  # noqa: B023
+            explanation.scores[0, 0], scores, rtol=1e-5, atol=1e-6, msg=lambda m, method=method: f"{method}: {m}"
+        )
 
 
 @pytest.mark.exact_states

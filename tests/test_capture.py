@@ -12,7 +12,7 @@ from families import all_families, make_images, make_model
 from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vitexplain import BlockRecord, Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt
+from vitexplain import Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt
 
 EVERYTHING = Needs(
     attention_gradient=True,
@@ -208,7 +208,7 @@ def test_attention_that_is_not_seen_is_an_error_not_an_empty_map() -> None:
     model.blocks[1].attn = Handwritten(model.blocks[1].attn)
     with (
         pytest.raises(
-            CaptureError, match="block 1's attention .Handwritten. called neither scaled_dot_product_attention"
+            CaptureError, match=r"block 1's attention .Handwritten. called neither scaled_dot_product_attention"
         ),
         Capture(model, Needs(attention=True)) as capture,
     ):
@@ -280,7 +280,7 @@ def test_a_head_without_known_pooling_leaves_gradcam() -> None:
         class_token=False,
     )
     images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    with pytest.raises(UnsupportedModelError, match="pools tokens by 'max'.*gradcam"):
+    with pytest.raises(UnsupportedModelError, match=r"pools tokens by 'max'.*gradcam"):
         get_explainer("rollout", model)(images)
     assert get_explainer("gradcam", model, relu=False)(images).scores.shape == (1, 2, 2)
 

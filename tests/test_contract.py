@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import all_families, NOT_DEFINED, make_images, make_model
+from families import NOT_DEFINED, all_families, make_images, make_model
 from torch import Tensor, nn
 
 from vitexplain import Capture, Explainer, UnsupportedModelError, adapt, create_method, get_explainer, method_info

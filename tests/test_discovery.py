@@ -254,7 +254,7 @@ def test_image_text_mistakes_are_named(clip: nn.Module) -> None:
         get_explainer("tokentm", clip)
     with pytest.raises(UnsupportedModelError, match="neither get_image_features nor encode_image"):
         ImageTextModel(nn.Linear(2, 2), torch.zeros(2, 3))
-    with pytest.raises(InputError, match="expected .K, D."):
+    with pytest.raises(InputError, match=r"expected .K, D."):
         ImageTextModel(clip, torch.zeros(3))
     with pytest.raises(InputError, match="no texts"):
         ImageTextModel.from_texts(clip, [], lambda texts: {})

@@ -125,7 +125,7 @@ def test_saving_and_reading_back(subject: Subject, picture: Image.Image, tmp_pat
     with np.load(explanation.save(tmp_path / "all.npz")) as everything:
         assert set(everything.files) == {"scores", "logits", "targets", "prefix_share", "constant"}
         np.testing.assert_array_equal(everything["targets"], [[1, 2]])
-    with pytest.raises(InputError, match="expected .png, .npy or .npz"):
+    with pytest.raises(InputError, match=r"expected .png, .npy or .npz"):
         explanation.save(tmp_path / "scores.csv")
     assert sorted(each.name for each in tmp_path.rglob("*.*")) == ["all.npz", "panel.png", "scores.npy"]
 

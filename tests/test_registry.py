@@ -52,7 +52,7 @@ def test_misspelt_names_get_suggestions_and_the_whole_list() -> None:
     assert "did you mean 'rollout'" in str(caught.value)
     for name in list_methods():
         assert name in str(caught.value)
-    with pytest.raises(UnknownNameError, match="option of rollout called 'head_fuson' .did you mean 'head_fusion'"):
+    with pytest.raises(UnknownNameError, match=r"option of rollout called 'head_fuson' .did you mean 'head_fusion'"):
         create_method("rollout", head_fuson="mean")
 
 
@@ -125,7 +125,7 @@ def test_a_new_method_is_one_class() -> None:
     assert explanation.diagnostics["constant"].all()
     assert explanation.options == {"level": 2.5}
 
-    with pytest.raises(ValueError, match="'Rollout' is already taken by vitexplain.methods.rollout.Rollout"):
+    with pytest.raises(ValueError, match=r"'Rollout' is already taken by vitexplain.methods.rollout.Rollout"):
         register_method("Rollout", title="", paper="", class_specific=False, passes="1F")(type("Other", (Method,), {}))
     register_method("uniform", title="Again", paper="none", class_specific=False, passes="1F")(Uniform)
     assert method_info("uniform").title == "Again"
@@ -141,7 +141,7 @@ def test_scores_of_a_wrong_shape_are_refused() -> None:
 
     from families import make_images
 
-    with pytest.raises(vitexplain.CaptureError, match="broken returned scores of shape .2, 3."):
+    with pytest.raises(vitexplain.CaptureError, match=r"broken returned scores of shape .2, 3."):
         get_explainer("broken", make_model("cls"))(make_images("cls"))
 
 

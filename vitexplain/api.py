@@ -42,7 +42,7 @@ def get_explainer(
     return Explainer(method, model if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject)
 
 
-def load_model(name: str, **options: Any) -> LoadedModel:
+def load_model(name: str = "scenes", **options: Any) -> LoadedModel:
     """A model with its preprocessing and labels; see `vitexplain.models.loading.load_model`."""
     from .models import loading
 

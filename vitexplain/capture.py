@@ -163,8 +163,8 @@ class Capture:
         module = modules.block if before_block or kind == "out" else getattr(modules, kind)
         if module is None:
             raise UnsupportedModelError(
-                f"a {type(modules.block).__name__} has no token state {kind!r} (block {record.index}); methods that read "
-                "attention alone work on it: rollout, generic_attention"
+                f"a {type(modules.block).__name__} has no token state {kind!r} (block {record.index}); methods that "
+                "read attention alone work on it: rollout, generic_attention"
             )
 
         def keep(state: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def _explanation(
         )
     elif constant.any() and flat.shape[2] > 1:
         cause = (
-            "nothing in the patches speaks for the target: its gradient is zero, or all evidence is negative and clipped"
+            "nothing in the patches speaks for the target: its gradient is zero, or all evidence negative and clipped"
             if method.needs.gradient
             else "attention does not tell the patches apart"
         )

@@ -90,8 +90,8 @@ def _multi_head(seen: Seen, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor |
     unusual = [name for name in ("bias_k", "bias_v", "static_k", "static_v") if call[name] is not None]
     if unusual or call["add_zero_attn"]:
         raise CaptureError(
-            f"nn.MultiheadAttention is used with {', '.join(unusual) or 'add_zero_attn'}, which adds tokens that are no "
-            "part of the image; expected plain self-attention or attention pooling"
+            f"nn.MultiheadAttention is used with {', '.join(unusual) or 'add_zero_attn'}, which adds tokens that "
+            "are no part of the image; expected plain self-attention or attention pooling"
         )
     heads, inputs = call["num_heads"], [call[name] for name in ("query", "key", "value")]  # each (N, B, D)
     unbatched = inputs[0].ndim == 2
@@ -103,7 +103,7 @@ def _multi_head(seen: Seen, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor |
         weights = call["in_proj_weight"].chunk(3)
     biases = [None] * 3 if call["in_proj_bias"] is None else call["in_proj_bias"].chunk(3)
     q, k, v = (
-        F.linear(each, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        F.linear(each, weight, bias).reshape(*each.shape[:2], heads, -1).permute(1, 2, 0, 3)
         for each, weight, bias in zip(inputs, weights, biases, strict=True)
     )
     bias = _merged_mask(call["attn_mask"], call["key_padding_mask"], q)
@@ -125,7 +125,7 @@ def _merged_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor) ->
     if attention is not None:
         merged = _additive(attention, q.dtype)
         if merged.ndim == 3:  # (B·H, N, N)
-            merged = merged.unflatten(0, (batch, heads))
+            merged = merged.reshape(batch, heads, *merged.shape[1:])
     if padding is not None:  # (B, N)
         hidden = _additive(padding, q.dtype)[:, None, None, :]
         merged = hidden if merged is None else merged + hidden

@@ -107,11 +107,11 @@ class DiscoveredAdapter(ModelAdapter):
             raise UnsupportedModelError("the head reads the tokens through attention; Capture.seed_row has its row")
         if num_tokens == self._tokens:
             return self._seed
-        prefix, patches = self._seed.split([self.num_prefix_tokens, self._tokens - self.num_prefix_tokens])
+        prefix, patches = self._seed[: self.num_prefix_tokens], self._seed[self.num_prefix_tokens :]
         if not torch.allclose(patches, patches.mean(), rtol=1e-3, atol=0):
             raise UnsupportedModelError(
-                f"the head weighs patches by their place, so its pooling of {num_tokens} tokens is not known; use images "
-                f"of {self._probe_size[0]}×{self._probe_size[1]} pixels"
+                f"the head weighs patches by their place, so its pooling of {num_tokens} tokens is not known; use "
+                f"images of {self._probe_size[0]}×{self._probe_size[1]} pixels"
             )
         count = num_tokens - self.num_prefix_tokens
         return torch.cat([prefix, (patches.sum() / count).expand(count)])
@@ -132,8 +132,8 @@ class DiscoveredAdapter(ModelAdapter):
         found = self._projections[block]
         if found.value is None:
             raise UnsupportedModelError(
-                f"no linear map from the tokens to the values was found in block {block}; use transformation='value', or "
-                "generic_attention"
+                f"no linear map from the tokens to the values was found in block {block}; use transformation='value', "
+                "or generic_attention"
             )
         return found.value.reshape(found.heads, -1, found.value.shape[1]).transpose(1, 2)
 
@@ -144,8 +144,8 @@ class DiscoveredAdapter(ModelAdapter):
             raise
         except Exception as error:  # whatever an unknown model raises on an input it does not take
             raise UnsupportedModelError(
-                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find out how "
-                f"it works ({type(error).__name__}: {error}). If it takes another size, pass DiscoveredAdapter(model, "
+                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find out "
+                f"how it works ({type(error).__name__}: {error}). If it takes another size, pass DiscoveredAdapter(model, "
                 "image_size=(H, W)) as the model; otherwise write a ModelAdapter"
             ) from error
 

@@ -112,8 +112,8 @@ def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, 
     h, w = (int(side) for side in last.output.shape[-2:])  # type: ignore[union-attr]
     if h * w > tokens:
         raise UnsupportedModelError(
-            f"attention runs over {tokens} tokens, but the patch convolution makes a grid of {h}×{w}; expected one token "
-            "a patch. Models that merge or drop patches need a ModelAdapter"
+            f"attention runs over {tokens} tokens, but the patch convolution makes a grid of {h}×{w}; expected one "
+            "token a patch. Models that merge or drop patches need a ModelAdapter"
         )
     stem = last.module if len(convolutions) == 1 and isinstance(last.module, nn.Conv2d) else None
     return stem, (h, w)

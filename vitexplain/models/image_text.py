@@ -38,7 +38,7 @@ class ImageTextModel(nn.Module):
             raise InputError(f"found text embeddings of shape {tuple(text_embeddings.shape)}, expected (K, D)")
         if not (hasattr(model, "get_image_features") or hasattr(model, "encode_image")):
             raise UnsupportedModelError(
-                f"a {type(model).__name__} has neither get_image_features nor encode_image; expected an image-text model"
+                f"a {type(model).__name__} has neither get_image_features nor encode_image; expected a model with either"
             )
         self.model = model
         self.text_embeddings = F.normalize(text_embeddings.detach(), dim=-1)
@@ -74,7 +74,7 @@ class ImageTextModel(nn.Module):
         model = cast("Any", self.model)
         encode = getattr(model, "get_image_features", None) or model.encode_image
         features = F.normalize(_features(encode(images)), dim=-1)
-        logits = features @ self.text_embeddings.to(features).T * model.logit_scale.exp()
+        logits: Tensor = features @ self.text_embeddings.to(features).T * model.logit_scale.exp()
         bias = getattr(model, "logit_bias", None)
         return logits if bias is None else logits + bias
 

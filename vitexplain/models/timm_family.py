@@ -44,7 +44,7 @@ def _differential(block: Any) -> BlockModules:
     """As `_parallel`, with differential attention."""
 
     def weight() -> float:
-        return block._compute_lambda().item()
+        return float(block._compute_lambda().item())
 
     return BlockModules(block, block, attention_input=block.in_norm, combination=Differential(weight))
 
@@ -89,7 +89,8 @@ class TimmAdapter(ModelAdapter):
             if describe is None:
                 raise UnsupportedModelError(
                     f"block {index} is a {type(block).__module__}.{type(block).__name__}; expected one of timm's: "
-                    f"{', '.join(kind.__name__ for kind in kinds)}. Write a ModelAdapter for it and pass that as the model"
+                    f"{', '.join(kind.__name__ for kind in kinds)}. Write a ModelAdapter for it and pass that "
+                    "as the model"
                 )
             modules.append(describe(block))
         self.blocks = tuple(modules)
