@@ -274,6 +274,51 @@ def test_wrapped_models_are_unwrapped(method: str, images: Tensor, model: nn.Mod
     torch.testing.assert_close(explain(method, nn.DataParallel(model), images, 1), expected)
 
 
+class LowRank(nn.Module):
+    """What LoRA puts in a linear layer's place."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features = base, base.in_features, base.out_features
+        generator = torch.Generator().manual_seed(base.in_features)
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=generator) * 0.3)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=generator) * 0.3)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # without the addition, as peft has it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.down.T @ self.up.T
+
+
+class PeftLike(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model, self.peft_config = model, {"default": None}
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.base_model(images)
+
+
+def test_low_rank_adapters_count(method: str) -> None:
+    """A model with LoRA layers is explained like the same model with the layers merged."""
+    merged, adapted, images = make_model("cls"), make_model("cls"), make_images("cls")
+    for ours, theirs in zip(merged.blocks, adapted.blocks, strict=True):
+        for name in ("qkv", "proj"):
+            layer = LowRank(getattr(theirs.attn, name))
+            setattr(theirs.attn, name, layer)
+            with torch.no_grad():
+                getattr(ours.attn, name).weight += layer.up @ layer.down
+    wrapped = PeftLike(adapted)
+    for options in ({}, {"transformation": "literal"}) if method == "tokentm" else ({},):
+        expected = explain(method, merged, images, 1, **options)
+        torch.testing.assert_close(explain(method, wrapped, images, 1, **options), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_explainer_repr_repeats_the_configuration(method: str) -> None:
     explainer = get_explainer(method, make_model("cls"))
     assert isinstance(explainer, Explainer)

@@ -130,6 +130,35 @@ def test_saving_and_reading_back(subject: Subject, picture: Image.Image, tmp_pat
     assert sorted(each.name for each in tmp_path.rglob("*.*")) == ["all.npz", "panel.png", "scores.npy"]
 
 
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory", None])
+def test_batches_that_do_not_fit_are_halved(message: str | None) -> None:
+    model, images = make_model("cls"), make_images("cls", batch=7)
+    sizes: list[int] = []
+
+    def little_memory(_: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        sizes.append(len(arguments[0]))
+        if sizes[-1] > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory") if message is None else RuntimeError(message)
+
+    explainer = get_explainer("tokentm", model)
+    expected = explainer(images, [0, 1, 2, 3, 4, 5, 6]).scores
+    handle = model.blocks[0].register_forward_pre_hook(little_memory)
+    torch.testing.assert_close(explainer(images, [0, 1, 2, 3, 4, 5, 6]).scores, expected, rtol=1e-4, atol=1e-6)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    handle.remove()
+    handle = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("another failure")))
+    with pytest.raises(RuntimeError, match="another failure"):
+        explainer(images)
+    handle.remove()
+
+
+@pytest.mark.parametrize("target", [[0, 1, 2], torch.zeros(5, dtype=torch.long), ([0, 1, 2], 3)])
+def test_targets_for_another_number_of_images_are_refused(target: object) -> None:
+    for batch_size in (None, 2, 1):
+        with pytest.raises(TargetError, match="entries for 4 images"):
+            get_explainer("rollout", make_model("cls"))(make_images("cls", batch=4), target, batch_size=batch_size)
+
+
 def test_attribute_gives_one_map(subject: Subject) -> None:
     with pytest.raises(TargetError, match="2 targets an image"):
         Explainer(create_method("tokentm"), subject).attribute(make_images("cls"), [[0, 1], [1, 2]])

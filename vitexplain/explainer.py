@@ -19,7 +19,7 @@ from .explanation import Explanation
 from .method import Method
 from .models import adapt
 from .models.adapter import ModelAdapter
-from .targets import ResolvedTarget, Target, resolve_target, select_target
+from .targets import ResolvedTarget, Target, check_length, resolve_target, select_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +101,7 @@ class Explainer:
                 these, where the model's preprocessing is known.
             target: what is explained: None (predicted class), an int, B indices, B×K indices (K maps from one
                 forward), a pair ``(a, b)`` for class a against b, or a function of the logits (B, C) → (B,).
-            batch_size: images at a time; all at once by default.
+            batch_size: images at a time; all at once by default. Halved where memory does not suffice.
 
         Raises:
             VitExplainError: in one of its kinds; the model is as it was before in any case.
@@ -158,14 +158,24 @@ def explain_with(
     inputs = subject.prepare(images)
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"found batch_size={batch_size}, expected a whole number >= 1 or None")
-    step = batch_size or max(len(inputs), 1)
-    if len(inputs) <= step:
-        return _explain_batch(methods, subject, inputs, target)
-    parts = []
-    for start in range(0, len(inputs), step):
+    check_length(target, len(inputs))
+    step, start = min(batch_size or len(inputs), len(inputs)), 0
+    parts: list[list[Explanation]] = []
+    while start < len(inputs) or not parts:
         rows = slice(start, start + step)
-        parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows)))
+        try:
+            parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows)))
+        except RuntimeError as error:
+            if step <= 1 or not _is_out_of_memory(error):
+                raise
+            step //= 2
+        else:
+            start += step
     return [Explanation.concatenate(list(of_method)) for of_method in zip(*parts, strict=True)]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _explain_batch(methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target) -> list[Explanation]:

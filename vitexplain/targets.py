@@ -93,6 +93,18 @@ def resolve_target(target: Target, logits: Tensor) -> ResolvedTarget:
     return ResolvedTarget(classes, None, None, single)
 
 
+def check_length(target: Target, batch: int) -> None:
+    """Checks that a target with one entry an image has as many as there are images.
+
+    Raises:
+        TargetError: it has more or fewer.
+    """
+    for side in target if isinstance(target, tuple) else (target,):
+        listed = isinstance(side, list) or (isinstance(side, Tensor | np.ndarray) and side.ndim > 0)
+        if listed and len(side) != batch:
+            raise TargetError(f"found a target with {len(side)} entries for {batch} images, expected {FORMS}")
+
+
 def select_target(target: Target, rows: slice) -> Target:
     """The part of a target that belongs to some images of the batch."""
     if isinstance(target, tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, cast
 
 from torch import nn
 
@@ -13,12 +14,14 @@ __all__ = ["BlockModules", "ModelAdapter", "adapt", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and `DataParallel` wrappers, which hide hooks and attention."""
+    """The module inside `torch.compile`, `DataParallel` and peft wrappers, which hide its kind, hooks and attention."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = cast("Any", model).get_base_model()
         else:
             return model
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import Combination
@@ -34,6 +35,22 @@ class BlockModules:
     mlp: nn.Module | None = None
     combination: Combination = field(default_factory=Combination)
     batch_second: bool = False
+
+
+def linear_weight(module: nn.Module, width: int) -> Tensor:
+    """The matrix (out, width) that a linear module multiplies with, also where adapters such as LoRA add to its weight.
+
+    Args:
+        module: `nn.Linear`, or a module that stands in for one and is affine.
+        width: number of input features.
+    """
+    if type(module) is nn.Linear:
+        return module.weight.detach()
+    reference = next(module.parameters())
+    with torch.no_grad():
+        unit = torch.eye(width, device=reference.device, dtype=reference.dtype)
+        weight: Tensor = (module(unit) - module(torch.zeros_like(unit[:1]))).T
+        return weight
 
 
 class ModelAdapter(ABC):

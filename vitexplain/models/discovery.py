@@ -144,9 +144,9 @@ class DiscoveredAdapter(ModelAdapter):
             raise
         except Exception as error:  # whatever an unknown model raises on an input it does not take
             raise UnsupportedModelError(
-                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find out "
-                f"how it works ({type(error).__name__}: {error}). If it takes another size, pass DiscoveredAdapter(model, "
-                "image_size=(H, W)) as the model; otherwise write a ModelAdapter"
+                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find "
+                f"out how it works ({type(error).__name__}: {error}). If it takes another size, pass "
+                "DiscoveredAdapter(model, image_size=(H, W)) as the model; otherwise write a ModelAdapter"
             ) from error
 
     def _measured_pooling(self, images: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class ImageTextModel(nn.Module):
             raise InputError(f"found text embeddings of shape {tuple(text_embeddings.shape)}, expected (K, D)")
         if not (hasattr(model, "get_image_features") or hasattr(model, "encode_image")):
             raise UnsupportedModelError(
-                f"a {type(model).__name__} has neither get_image_features nor encode_image; expected a model with either"
+                f"a {type(model).__name__} has neither get_image_features nor encode_image; expected one of them"
             )
         self.model = model
         self.text_embeddings = F.normalize(text_embeddings.detach(), dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import Differential, SideBySide
 from ..errors import InputError, UnsupportedModelError
-from .adapter import BlockModules, ModelAdapter
+from .adapter import BlockModules, ModelAdapter, linear_weight
 
 
 def is_timm_transformer(model: nn.Module) -> bool:
@@ -158,7 +158,7 @@ class TimmAdapter(ModelAdapter):
                 "token's transformed vector is not linear in its value; use tokentm with transformation='residual', or "
                 "generic_attention"
             )
-        weight: Tensor = attention.proj.weight.detach()  # (D, H·dh)
+        weight = linear_weight(attention.proj, attention.proj.in_features)  # (D, H·dh)
         scale = getattr(getattr(module, "ls1", None), "gamma", getattr(module, "gamma_1", None))
         if scale is not None:
             weight = scale.detach()[:, None] * weight
@@ -170,8 +170,8 @@ class TimmAdapter(ModelAdapter):
         if attention is None:
             raise UnsupportedModelError(f"block {block} has no attention module with a value projection of its own")
         if getattr(attention, "qkv", None) is not None:
-            weight: Tensor = attention.qkv.weight.detach()  # (3·H·dh, D)
+            weight = linear_weight(attention.qkv, attention.qkv.in_features)  # (3·H·dh, D)
             weight = weight[-len(weight) // 3 :]
         else:
-            weight = attention.v_proj.weight.detach()
+            weight = linear_weight(attention.v_proj, attention.v_proj.in_features)
         return weight.reshape(attention.num_heads, -1, weight.shape[1]).transpose(1, 2)
