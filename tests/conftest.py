@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import EXACT_STATES, NOT_DEFINED, TIMM, all_families, make_images, make_model
+from support_matrix import SupportMatrix
 from torch import Tensor, nn
 
 from vitexplain import list_methods
@@ -26,6 +27,24 @@ def model(family: str) -> nn.Module:
 @pytest.fixture
 def images(family: str) -> Tensor:
     return make_images(family)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support-matrix", type=Path, help="Markdown file to write the support matrix to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--support-matrix")
+    if path is not None:
+        config.pluginmanager.register(SupportMatrix(path))
+
+
+@pytest.fixture(autouse=True)
+def _note_support(request: pytest.FixtureRequest) -> None:
+    """Tells the support matrix which method ran on which family."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and {"method", "family"} <= parameters.params.keys():
+        request.node.user_properties.append(("support", (parameters.params["method"], parameters.params["family"])))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

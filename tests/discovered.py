@@ -44,6 +44,24 @@ def _image_text(name: str) -> Callable[[], nn.Module]:
     return build
 
 
+class WithHead(nn.Module):
+    """A headless backbone with a linear head on its pooled output, as users put them together."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(24, 7)
+        self.image_size = backbone.config.image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(pixel_values=images).pooler_output)
+
+
+def _dinov3() -> nn.Module:
+    import transformers
+
+    return WithHead(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HUGGING_FACE, num_register_tokens=2)))
+
+
 def _torchvision() -> nn.Module:
     from torchvision.models import VisionTransformer
 
@@ -136,6 +154,7 @@ DISCOVERED: dict[str, Family] = {
     "hf_dinov2_registers": _square(
         _hugging_face("Dinov2WithRegistersForImageClassification", SQUARE, num_register_tokens=3), 4, None
     ),
+    "hf_dinov3": Family(_dinov3, 3, first_token),
     "hf_clip": _square(_image_text("CLIP"), 1, mean_of_patches(1)),
     "hf_siglip": _square(_image_text("Siglip"), 0, None),
     "torchvision": _square(_torchvision, 1, first_token),

@@ -16,7 +16,7 @@ from vitexplain import Capture, InputError, Needs, UnsupportedModelError, adapt,
 from vitexplain.models.discovery import DiscoveredAdapter
 from vitexplain.models.image_text import ImageTextModel
 
-HUGGING_FACE = sorted(name for name in DISCOVERED if name.startswith("hf_"))
+HUGGING_FACE = sorted(name for name in DISCOVERED if name.startswith("hf_") and name != "hf_dinov3")
 ATTENTION = Needs(attention_gradient=True)
 
 

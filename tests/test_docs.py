@@ -30,6 +30,22 @@ def test_the_table_of_methods_is_the_registry() -> None:
     assert written == methods_table(), f"paste this into README.md:\n{methods_table()}"
 
 
+def test_the_support_matrix_has_every_family_and_method() -> None:
+    from families import NOT_DEFINED, all_families
+    from support_matrix import TITLES
+
+    assert set(TITLES) == set(all_families())
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "support.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    assert rows[0] == ["| family", *list_methods()[:-1], f"{list_methods()[-1]} |"]
+    found = {row[0].removeprefix("| "): [cell.strip("| ") for cell in row[1:]] for row in rows[1:]}
+    assert set(found) == {TITLES[family] for family in all_families()}
+    for family in all_families():
+        for method, cell in zip(list_methods(), found[TITLES[family]], strict=True):
+            assert cell == "–" if (method, family) in NOT_DEFINED else int(cell) > 0
+
+
 def test_pictures_and_links_exist() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
