@@ -52,7 +52,6 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC
 """glibc's settings in every process: one arena; blocks from 64 KiB are mapped alone and unmapped when freed."""
 
 _MODULE = "vitexplain.benchmarks.memory"
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ def resident_rise(run: Run) -> float:
     """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
-    before = _high_water()
+    before = _kibibytes("self/status", "VmHWM")
     run()
-    return (_high_water() - before) / 1024
+    return (_kibibytes("self/status", "VmHWM") - before) / 1024
 
 
-def _high_water() -> int:
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+def _kibibytes(file: str, field: str) -> int:
+    return int(re.findall(rf"^{field}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)[0])
 
 
 def tensor_peak(run: Run) -> float:
@@ -104,7 +103,7 @@ def tensor_peak(run: Run) -> float:
     for event in sorted(allocations, key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
-    return peak / _MIB
+    return peak / 2**20
 
 
 def measure_here(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
@@ -115,7 +114,7 @@ def measure_here(name: str, model_name: str, size: int, device: str = "cpu") -> 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        rise = (torch.cuda.max_memory_allocated() - before) / _MIB
+        rise = (torch.cuda.max_memory_allocated() - before) / 2**20
         return Peak(name, size, rise, rise)
     return Peak(name, size, resident_rise(run), tensor_peak(run))
 
@@ -125,12 +124,9 @@ def measure(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
     root = str(Path(vitexplain.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     task = json.dumps([name, model_name, size, device])
-    done = subprocess.run(
-        [sys.executable, "-m", _MODULE, "--child", task],
-        env=os.environ | ALLOCATOR | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | ALLOCATOR | {"PYTHONPATH": path}
+    command = [sys.executable, "-m", _MODULE, "--child", task]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return Peak(**json.loads(done.stdout.splitlines()[-1]))
     return Peak(name, size, failure=failure(done.returncode, done.stderr))
@@ -149,7 +145,7 @@ def _limit_memory() -> None:
     """Lets this process fail alone when memory runs out, before the kernel picks a victim."""
     import resource
 
-    available = int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    available = 1024 * _kibibytes("meminfo", "MemAvailable")
     resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
 
 
@@ -203,16 +199,15 @@ def table_file(peaks: Sequence[Peak]) -> str:
 
 def draw(peaks: Sequence[Peak], model_name: str, file: BinaryIO) -> None:
     """Draws peak memory against image size as PNG; what failed has no point."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     figure: Any = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, marker in zip(dict.fromkeys(peak.candidate for peak in peaks), "osD^vPX*" * len(peaks), strict=False):
         points = sorted((peak.size, peak.process) for peak in peaks if peak.candidate == name and peak.process)
-        axes.plot(*zip(*points, strict=True), marker=marker, label=name) if points else None
+        sizes, figures = [point[0] for point in points], [point[1] for point in points]
+        axes.plot(sizes, figures, marker=marker, label=name if points else f"{name} (failed)")
     axes.set(xlabel="image side in pixels", ylabel="peak memory in MiB", yscale="log")
     axes.set_title(f"{model_name}: memory of one explanation, batch 1, float32", fontsize=11)
     axes.set_xticks(sorted({peak.size for peak in peaks}))
@@ -243,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in options.sizes:
         for name in [FORWARD_BACKWARD, *known_methods(options.methods), USUAL]:
             peaks.append(measure(name, options.model, size, options.device))
-            print(peaks[-1], file=sys.stderr, flush=True)
+            print(peaks[-1], file=sys.stderr, flush=True)  # what is known so far, should the next take long
     facts = machine_facts(_MODULE, given, f"{torch.get_num_threads()} threads")
     text = report(peaks, options.methods, options.model, facts)
     print(text)

@@ -77,9 +77,9 @@ class SupportMatrix:
         methods = list_methods()
         yield "# What works on what"
         yield ""
-        yield "Written by `pytest tests/test_contract.py --support-matrix docs/support.md`. A number is how many contract"
+        yield "Written by `pytest tests/test_contract.py --support-matrix docs/support.md`. A number: how many contract"
         yield "tests (batch equals loop, fused equals eager, several targets, model given back, bfloat16, …) the method"
-        yield "passed on a tiny model of the family; nothing is marked that no test ran. A dash: the family's mathematics"
+        yield "passed on a tiny model of the family; only what a test ran is marked. A dash: the family's mathematics"
         yield "does not define the method, and asking for it raises `UnsupportedModelError`."
         yield ""
         yield "| family | " + " | ".join(methods) + " |"

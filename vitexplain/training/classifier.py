@@ -2,7 +2,7 @@
 
 The defaults of `ClassifierSettings` are the recipe of the shipped weights. The model learns the class of an object
 from scenes that grow from easy to full clutter. While it trains, two small heads also ask every patch token what
-object it shows and where (token labelling); this shortens training several times and the heads are thrown away.
+object it shows and where (token labelling); this is meant to shorten training, and the heads are thrown away.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _learning_module(model: nn.Module, settings: ClassifierSettings, *, refining
             others = [parameter for parameter in self.parameters() if id(parameter) not in chosen]
             rate, decay = highest_rate, settings.weight_decay
             optimizers: list[torch.optim.Optimizer] = [
-                # Muon needs far fewer steps than AdamW on the matrices of the blocks.
+                # With AdamW alone, short runs hardly left the loss of a guess; with Muon on the matrices they did.
                 torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
                 torch.optim.AdamW(
                     [
