@@ -249,7 +249,7 @@ def test_image_sizes_that_no_patch_divides_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [(nn.Linear(2, 2), "no adapter for torch.nn.modules.linear.Linear"), ("vit", "found a str")],
+    [(nn.Linear(2, 2), "a Linear could not be run on images"), ("vit", "found a str")],
 )
 def test_models_that_are_not_supported_are_named(wrong: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):

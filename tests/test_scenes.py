@@ -380,13 +380,13 @@ def test_missing_files(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing"):
         load_checkpoint(checkpoint.with_name("nothing.safetensors"))
     checkpoint.unlink()
-    with pytest.raises(CheckpointError, match="no file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         load_checkpoint(checkpoint)
 
 
 def test_truncated_weights(checkpoint: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="readable"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(checkpoint)
 
 
@@ -397,7 +397,7 @@ def test_truncated_weights(checkpoint: Path) -> None:
         ("[]", "architecture"),
         ('{"architecture": {"no_such_argument": 1}}', "VisionTransformer"),
         ('{"architecture": {"img_size": 96, "patch_size": 7, "embed_layer": "convolutional"}}', "VisionTransformer"),
-        ('{"architecture": {"img_size": 96, "patch_size": 8, "embed_dim": 48, "num_heads": 3}}', "does not fit"),
+        ('{"architecture": {"img_size": 96, "patch_size": 8, "embed_dim": 48, "num_heads": 3}}', "not of this architecture"),
     ],
 )
 def test_wrong_description(checkpoint: Path, text: str, message: str) -> None:

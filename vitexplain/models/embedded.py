@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from .weights import load_strictly, read_state
 
 SCENES_ARCHITECTURE: Mapping[str, Any] = {
     "img_size": 96,
@@ -129,30 +130,11 @@ def load_checkpoint(weights: str | Path) -> nn.Module:
     Raises:
         CheckpointError: a file is missing or broken, or the weights do not fit the architecture.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     weights = Path(weights)
     card = read_checkpoint_card(weights)
-    if not weights.is_file():
-        raise CheckpointError(f"there is no file {weights}. Give the path of a .safetensors checkpoint.")
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{weights} is not a readable safetensors file ({error}). It may be cut short; "
-            "copy it again or train again with `vitexplain train classifier`."
-        ) from error
+    state = read_state(weights)
     model = build_model(card["architecture"])
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise CheckpointError(
-            f"{weights} does not fit the architecture in its JSON file: {len(odd)} tensors differ, first {odd[0]!r} "
-            f"(found {found.get(odd[0])}, expected {expected.get(odd[0])}). Use the JSON written with these weights."
-        )
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
+    load_strictly(model, state, str(weights))
     return model.eval()
 
 
@@ -160,7 +142,7 @@ def load_scenes_model() -> nn.Module:
     """Returns the shipped model: a timm `VisionTransformer` that names the object in a scene.
 
     It takes images (B, 3, 96, 96) normalised to -1..1 (`vitexplain.data.scenes.normalise`) and gives logits (B, 12)
-    over `vitexplain.data.scenes.CLASS_NAMES`. Patch grid 12 x 12, one prefix token (CLS), 6 blocks of 4 heads.
+    over `vitexplain.data.scenes.CLASS_NAMES`. Patch grid 12 x 12, one prefix token (CLS), 6 blocks of 3 heads.
 
     Returns:
         A new model in evaluation mode, float32, on the CPU.

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
-import os
 import platform
 import tempfile
 import time
@@ -28,6 +26,7 @@ from torch import nn
 
 from ..data.scenes import CLASS_NAMES, MEAN, SIZE, SPLITS, STD, make_scene, normalise
 from ..errors import InputError, VitExplainError
+from ..files import save_json, write_whole
 from ..models.embedded import build_model
 from .recipe import PATCH, ClassifierSettings
 from .scene_batches import NO_OBJECT, Batch, SceneBatches, ScenePool
@@ -217,8 +216,8 @@ def train_classifier(
         | {name: metadata.version(name) for name in ("torch", "timm", "numpy", "lightning")},
     }
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _write(output, save(state))
-    _write(output.with_suffix(".json"), (json.dumps(record, indent=2) + "\n").encode())
+    write_whole(output, lambda file: file.write(save(state)))
+    save_json(record, output.with_suffix(".json"))
     return record
 
 
@@ -266,16 +265,3 @@ def _fit_round(
         raise VitExplainError(f"training stopped after {len(module.losses)} steps of a round; nothing was written")
     history: list[dict[str, Any]] = module.history
     return history
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and moves it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
