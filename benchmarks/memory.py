@@ -5,8 +5,8 @@
 Each figure comes from a process of its own, one at a time. It builds the model and the input, runs the same
 computation once on a tiny model, so that libraries have loaded what they load lazily, sets the kernel's high-water
 mark of resident memory back to the present value, and runs once: the rise of the mark is the peak. The allocator is
-told to give every large block back at once, so that the mark follows what is alive. A second run under
-torch's profiler gives the peak of the tensors alone, to which no allocator adds. Linux only.
+told to give every large block back at once, so that the mark follows what is alive. A second run, under torch's
+profiler, gives the peak of the tensors alone. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
@@ -47,7 +47,6 @@ from .measuring import (
 
 LIMIT = 1.25
 """How many times the memory of forward + backward an explanation may take."""
-
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc's settings in every process: one arena; blocks from 64 KiB are mapped alone and unmapped when freed."""
 
@@ -121,12 +120,11 @@ def measure_here(name: str, model_name: str, size: int, device: str = "cpu") -> 
 
 def measure(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
     """Measures one candidate in a process of its own; a process that fails gives a row that says how."""
-    root = str(Path(vitexplain.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    root = Path(vitexplain.__file__).resolve().parent.parent
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     task = json.dumps([name, model_name, size, device])
-    environment = os.environ | ALLOCATOR | {"PYTHONPATH": path}
     command = [sys.executable, "-m", _MODULE, "--child", task]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | ALLOCATOR | {"PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode == 0:
         return Peak(**json.loads(done.stdout.splitlines()[-1]))
     return Peak(name, size, failure=failure(done.returncode, done.stderr))
@@ -152,11 +150,9 @@ def _limit_memory() -> None:
 def ratios(peaks: Sequence[Peak], name: str) -> dict[str, float | None]:
     """Image size → memory of a candidate as a multiple of forward + backward; None where either has no figure."""
     by = {(peak.candidate, peak.size): peak.process for peak in peaks}
-    found: dict[str, float | None] = {}
-    for size in sorted({peak.size for peak in peaks}):
-        own, plain = by.get((name, size)), by.get((FORWARD_BACKWARD, size))
-        found[f"{size} px"] = own / plain if own is not None and plain else None
-    return found
+    sizes = sorted({peak.size for peak in peaks})
+    pairs = {f"{size} px": (by.get((name, size)), by.get((FORWARD_BACKWARD, size))) for size in sizes}
+    return {place: own / plain if own is not None and plain else None for place, (own, plain) in pairs.items()}
 
 
 def report(peaks: Sequence[Peak], methods: Sequence[str], model_name: str, facts: str) -> str:
@@ -202,12 +198,13 @@ def draw(peaks: Sequence[Peak], model_name: str, file: BinaryIO) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure: Any = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, marker in zip(dict.fromkeys(peak.candidate for peak in peaks), "osD^vPX*" * len(peaks), strict=False):
         points = sorted((peak.size, peak.process) for peak in peaks if peak.candidate == name and peak.process)
-        sizes, figures = [point[0] for point in points], [point[1] for point in points]
-        axes.plot(sizes, figures, marker=marker, label=name if points else f"{name} (failed)")
+        broad = {"linewidth": 7, "alpha": 0.3} if name == FORWARD_BACKWARD else {"marker": marker}
+        label = name if points else f"{name} (failed)"
+        axes.plot([point[0] for point in points], [point[1] for point in points], label=label, **broad)
     axes.set(xlabel="image side in pixels", ylabel="peak memory in MiB", yscale="log")
     axes.set_title(f"{model_name}: memory of one explanation, batch 1, float32", fontsize=11)
     axes.set_xticks(sorted({peak.size for peak in peaks}))

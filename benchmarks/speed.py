@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +57,13 @@ class Times:
         wall: time on the clock.
     """
 
-    cpu: Sequence[float]
-    wall: Sequence[float]
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
 
 
 def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "") -> dict[str, Times]:
     """Times every run once a round, each round beginning with another one; one round before does not count."""
-    times: dict[str, Times] = {name: Times([], []) for name in runs}
+    times: dict[str, Times] = {name: Times() for name in runs}
     names = list(runs)
     for index in tqdm(range(-1, rounds), desc=progress, unit="round", disable=None if progress else True):
         first = index % len(names)
@@ -71,10 +71,10 @@ def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "") -> dic
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name]()
-            elapsed = time.process_time() - cpu, time.perf_counter() - wall
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             if index >= 0:
-                times[name].cpu.append(elapsed[0])  # type: ignore[attr-defined]
-                times[name].wall.append(elapsed[1])  # type: ignore[attr-defined]
+                times[name].cpu.append(cpu)
+                times[name].wall.append(wall)
     return times
 
 
@@ -138,16 +138,7 @@ def report(results: Mapping[tuple[str, int], Mapping[str, Times]], size: int, ba
     """The figures and the verdicts as Markdown."""
     first = min(threads for _, threads in results)
     rounds = min(len(own.cpu) for times in results.values() for own in times.values())
-    header = [
-        "computation",
-        "model",
-        "threads",
-        "CPU ms",
-        "wall ms",
-        "compared with",
-        "× in CPU time",
-        "× in wall time",
-    ]
+    header = ["computation", "model", "threads", "CPU ms", "wall ms", "compared with", "× CPU time", "× wall time"]
     lines = [line for (model, threads), times in results.items() for line in rows(model, threads, times)]
     return "\n".join(
         [

@@ -89,10 +89,10 @@ class TokenTM(ResidualMethod):
         """Weights (B, H, N) of the transformation by each head, without a (B, H, N, D) tensor."""
         state, output = block.state("in"), block.output_weight
         literal = self.transformation == "literal"
-        values = state[:, None] @ block.value_weight if literal else widen(block.operands.v)
+        values = _by_heads(state, block.value_weight) if literal else widen(block.operands.v)
         # ‖v W‖² = v (W Wᵀ) vᵀ and x · (v W) = (x Wᵀ) · v
         squared = ((values @ (output @ output.transpose(1, 2))) * values).sum(-1)
-        aligned = ((state[:, None] @ output.transpose(1, 2)) * values).sum(-1)
+        aligned = (_by_heads(state, output.transpose(1, 2)) * values).sum(-1)
         return self._combine(state.norm(dim=-1)[:, None], squared.clamp(min=0).sqrt(), aligned)
 
     def _combine(self, before: Tensor, after: Tensor, dot: Tensor) -> Tensor:
@@ -103,6 +103,12 @@ class TokenTM(ResidualMethod):
         if self.length:
             weight = weight * after / (before + _EPSILON)
         return weight
+
+
+def _by_heads(state: Tensor, weight: Tensor) -> Tensor:
+    """(B, N, D) times (H, D, dh), as one matrix product: (B, H, N, dh)."""
+    heads = state @ weight.transpose(0, 1).flatten(1)
+    return heads.unflatten(-1, (len(weight), -1)).transpose(1, 2)
 
 
 def _product_of_means(tile: RowTile) -> Tensor:
