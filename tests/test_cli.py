@@ -125,7 +125,7 @@ class TestExplain:
         [
             (["--model", "vit_tiny"], ["no model called 'vit_tiny'", "scenes", "timm:ARCHITECTURE"]),
             (["--model", "timm:vit_tinny_patch16_224"], ["did you mean 'vit_tiny_patch16_224'"]),
-            (["--model", "timm:resnet18"], ["timm:resnet18 is not supported: "]),
+            (["--model", "timm:pit_ti_224"], ["timm:pit_ti_224 is not supported: "]),
             (["--model", "timm:vit_tiny_patch16_224"], ["not of this architecture"]),
             (["--checkpoint", "none.pt"], ["no checkpoint at 'none.pt'"]),
             (["--checkpoint", __file__], [r"test_cli\.py' cannot be read as weights"]),

@@ -89,6 +89,7 @@ def test_what_is_written_is_what_the_explanation_says(tmp_path: Path, model: Loa
                 assert entry["probability"] == pytest.approx(explanation.probabilities[0, k].item())
                 assert entry["prefix_share"] == pytest.approx(explanation.diagnostics["prefix_share"][0, k].item())
                 assert entry["signed"] == explanation.signed
+                assert entry["approximate"] is None
                 assert entry["scores"] == f"{file.stem}-{explanation.method}-{index}.npy"
                 scores = np.load(output / entry["scores"])
                 assert scores.dtype == np.float32

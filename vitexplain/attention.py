@@ -14,14 +14,13 @@ Time is O(N²·D) a block, memory O(N·D). Shapes: B batch, H heads, N tokens, T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from .errors import CaptureError
 
 TILE_BYTES = 8 * 2**20
 """How much one (B, H, T, N) tile may take, in bytes. Small enough to stay near the cache, large enough to
@@ -31,9 +30,51 @@ Rows = slice | Tensor
 """Query rows: a slice, or a (T,) int64 tensor of indices."""
 
 
+class Attention(ABC):
+    """One attention A on values v: what the algebra below needs of it, however the model computes it.
+
+    Attributes:
+        v: values (B, H, N, dh).
+    """
+
+    v: Tensor
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, query rows, keys) of A."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of query rows: N, or the number of latents of an attention pool."""
+        return self.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        """N, the number of tokens attended to."""
+        return self.shape[3]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the rows of A are known to sum to 1."""
+        return False
+
+    @abstractmethod
+    def probabilities(self, rows: Rows = slice(None)) -> Tensor:
+        """The weights A that values are mixed with (B, H, T, N); float32 or wider, whatever the model's precision."""
+
+    @abstractmethod
+    def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """dy/dA (B, H, T, N) from the gradient at the tensor that was tracked for this attention."""
+
+    @abstractmethod
+    def output(self, tracked: Tensor) -> Tensor:
+        """O = A v (B, H, N, dh), from the tensor that was tracked."""
+
+
 @dataclass(frozen=True, eq=False)
-class AttentionOperands:
-    """What one call of scaled dot-product attention was given, and what came of it.
+class AttentionOperands(Attention):
+    """What one call of scaled dot-product attention was given; its output O is tracked.
 
     Attributes:
         q: queries (B, H, N, dh).
@@ -50,22 +91,17 @@ class AttentionOperands:
     bias: Tensor | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Number of query rows: N, or the number of latents of an attention pool."""
-        return self.q.shape[-2]
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, query rows, keys)."""
+        return self.q.shape[0], self.q.shape[1], self.q.shape[-2], self.k.shape[-2]
 
     @property
     def stochastic(self) -> bool:
-        """Whether the rows of A sum to 1."""
+        """True: a softmax."""
         return True
 
-    @property
-    def num_keys(self) -> int:
-        """N, the number of tokens attended to."""
-        return self.k.shape[-2]
-
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
-        """Attention after the softmax (B, H, T, N); float32 or wider, whatever the model's precision."""
+        """Attention after the softmax (B, H, T, N)."""
         q, k = widen(self.q[:, :, rows]), widen(self.k)
         logits = (q * self.scale) @ k.transpose(-2, -1)
         if self.bias is not None:
@@ -79,74 +115,40 @@ class AttentionOperands:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""
         return widen(output_gradient[:, :, rows]) @ widen(self.v).transpose(-2, -1)
 
+    def output(self, tracked: Tensor) -> Tensor:
+        """O, which is what was tracked."""
+        return tracked
+
 
 @dataclass(frozen=True, eq=False)
-class DifferentialOperands(AttentionOperands):
-    """Differential attention: A = A₁ - λ A₂ on shared values; rows sum to 1 - λ, entries may be negative.
+class GivenAttention(Attention):
+    """Attention that the model wrote out as a tensor before it multiplied values with it; A itself is tracked.
 
     Attributes:
-        second: q, k of A₂; its v is the same.
-        weight: λ.
+        matrix: A (B, H, N, N), as it met the values: after whatever the model did to its softmax.
+        v: values (B, H, N, dh).
     """
 
-    second: AttentionOperands | None = None
-    weight: float = 0.0
+    matrix: Tensor
+    v: Tensor
 
     @property
-    def stochastic(self) -> bool:
-        """False: rows sum to 1 - λ."""
-        return False
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, query rows, keys)."""
+        batch, heads, rows, keys = self.matrix.shape
+        return batch, heads, rows, keys
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
-        """A₁ - λ A₂ (B, H, T, N)."""
-        first = super().probabilities(rows)
-        return first if self.second is None else first - self.weight * self.second.probabilities(rows)
+        """Rows of A (B, H, T, N)."""
+        return widen(self.matrix[:, :, rows])
 
+    def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """The same rows of dy/dA, which autograd gives here."""
+        return widen(output_gradient[:, :, rows])
 
-class Combination:
-    """How the attention calls of one block make one attention; this one expects a single call."""
-
-    def operands(self, calls: Sequence[AttentionOperands]) -> AttentionOperands:
-        """The block's operands from those of its calls, in order."""
-        if len(calls) != 1:
-            raise CaptureError(
-                f"a block computed attention {len(calls)} times in one forward; expected once. Run the model once, and "
-                "give blocks with several attentions an adapter that combines them"
-            )
-        return calls[0]
-
-    def output_gradient(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The gradient at the block's attention output, from those at the outputs of its calls."""
-        return gradients[0]
-
-
-class SideBySide(Combination):
-    """Attentions in parallel, all added to the stream: one attention with the heads of all."""
-
-    def operands(self, calls: Sequence[AttentionOperands]) -> AttentionOperands:
-        """All heads, in the order of the calls."""
-        q, k, v = (torch.cat([getattr(call, name) for call in calls], dim=1) for name in "qkv")
-        return AttentionOperands(q, k, v, calls[0].scale, calls[0].bias)
-
-    def output_gradient(self, gradients: Sequence[Tensor]) -> Tensor:
-        """All heads, in the order of the calls."""
-        return torch.cat(list(gradients), dim=1)
-
-
-@dataclass(frozen=True)
-class Differential(Combination):
-    """The two calls of differential attention, O = O₁ - λ O₂; dy/dO is the gradient at O₁.
-
-    Attributes:
-        weight: gives λ.
-    """
-
-    weight: Callable[[], float]
-
-    def operands(self, calls: Sequence[AttentionOperands]) -> AttentionOperands:
-        """The two calls as one."""
-        first, second = calls
-        return DifferentialOperands(first.q, first.k, first.v, first.scale, first.bias, second, self.weight())
+    def output(self, tracked: Tensor) -> Tensor:
+        """A v."""
+        return tracked @ self.v
 
 
 class RowTile:
@@ -156,14 +158,14 @@ class RowTile:
         rows: which query rows.
     """
 
-    def __init__(self, operands: AttentionOperands, output_gradient: Tensor | None, rows: Rows) -> None:
+    def __init__(self, operands: Attention, output_gradient: Tensor | None, rows: Rows) -> None:
         self.rows = rows
         self._operands = operands
         self._output_gradient = output_gradient
 
     @cached_property
     def attention(self) -> Tensor:
-        """A (B, H, T, N); rows sum to 1."""
+        """A (B, H, T, N)."""
         return self._operands.probabilities(self.rows)
 
     @cached_property
@@ -179,7 +181,7 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def row_tiles(operands: AttentionOperands, rows: Tensor | None = None, tile_rows: int | None = None) -> Iterator[Rows]:
+def row_tiles(operands: Attention, rows: Tensor | None = None, tile_rows: int | None = None) -> Iterator[Rows]:
     """Splits query rows into tiles of at most `TILE_BYTES`.
 
     Args:
@@ -187,9 +189,9 @@ def row_tiles(operands: AttentionOperands, rows: Tensor | None = None, tile_rows
         rows: (R,) indices to visit; None for all N.
         tile_rows: rows a tile, instead of the number that follows from `TILE_BYTES`.
     """
-    batch, heads, tokens, _ = operands.q.shape
+    batch, heads, tokens, keys = operands.shape
     if tile_rows is None:
-        tile_rows = max(1, TILE_BYTES // (4 * batch * heads * tokens))
+        tile_rows = max(1, TILE_BYTES // (4 * batch * heads * keys))
     for start in range(0, tokens if rows is None else len(rows), tile_rows):
         tile = slice(start, min(start + tile_rows, tokens))
         yield tile if rows is None else rows[tile]
@@ -197,7 +199,7 @@ def row_tiles(operands: AttentionOperands, rows: Tensor | None = None, tile_rows
 
 def propagate(
     row: Tensor,
-    operands: AttentionOperands,
+    operands: Attention,
     weigh: Callable[[RowTile], Tensor],
     *,
     output_gradient: Tensor | None = None,
@@ -211,9 +213,10 @@ def propagate(
 
     Args:
         row: (B, N) relevance of the tokens leaving the attention.
-        operands: the attention's q, k, v.
+        operands: the attention.
         weigh: maps a `RowTile` to (B, H, T, N), or (B, T, N) where heads are already fused.
-        output_gradient: dy/dO (B, H, N, dh), where `weigh` reads `RowTile.gradient`.
+        output_gradient: the gradient at the tracked tensor, dy/dO (B, H, N, dh) or dy/dA, where `weigh` reads
+            `RowTile.gradient`.
         tile_rows: rows a tile; by default chosen from `TILE_BYTES`. The result does not depend on it.
 
     Returns:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import AttentionOperands
+from .attention import Attention
 from .borrowing import borrowed
 from .errors import CaptureError, UnsupportedModelError
+from .layout import TokenLayout, from_tokens, to_tokens
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .record import BlockRecord, Needs, State
@@ -47,11 +48,13 @@ class Capture:
         pool: the record of an attention-pooling head; None for other heads.
         logits: the model's output (B, C), detached.
         grid: patch grid (h, w).
+        layouts: the tokens of each block.
     """
 
     images: Tensor
     logits: Tensor
     grid: tuple[int, int]
+    layouts: tuple[TokenLayout, ...]
     pool: BlockRecord | None = None
 
     def __init__(self, model: nn.Module | ModelAdapter, needs: Needs) -> None:
@@ -80,8 +83,8 @@ class Capture:
 
     @property
     def num_tokens(self) -> int:
-        """N: prefix tokens and patch tokens."""
-        return self.adapter.num_prefix_tokens + self.grid[0] * self.grid[1]
+        """N: the tokens that the head reads, prefix and patches."""
+        return self.layouts[-1].count
 
     def seed_row(self) -> Tensor:
         """Where a rollout starts: the weight (B, N) with which the head reads each final token."""
@@ -109,7 +112,11 @@ class Capture:
         # clone: a tensor made in the caller's inference_mode cannot take part in a graph
         self.images = self.adapter.check_images(images.clone() if images.is_inference() else images)
         self.grid = self.adapter.grid((self.images.shape[-2], self.images.shape[-1]))
-        self.blocks = [BlockRecord(index, self.adapter, modules) for index, modules in enumerate(self.adapter.blocks)]
+        self.layouts = self.adapter.layouts(self.grid)
+        self.blocks = [
+            BlockRecord(index, self.adapter, modules, self.layouts[index:])
+            for index, modules in enumerate(self.adapter.blocks)
+        ]
         with ExitStack() as hooks:
             for handle in self._place_hooks(hooks):
                 hooks.callback(handle.remove)
@@ -141,7 +148,7 @@ class Capture:
 
     def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
-        tap = AttentionTap()
+        tap = AttentionTap(len(self.images))
         for record in self.blocks[self.needs.from_block :]:
             if self.needs.any_attention:
                 record.watched = True
@@ -152,7 +159,7 @@ class Capture:
             handles += [self._watch_state(kind, record) for kind in sorted(kinds)]
         if self.needs.any_attention:
             if self.adapter.pool is not None:
-                self.pool = BlockRecord(len(self.blocks), self.adapter, self.adapter.pool, watched=True)
+                self.pool = BlockRecord(len(self.blocks), self.adapter, self.adapter.pool, self.layouts[-1:], True)
                 handles += tap.watch(self.adapter.pool.attention, self._keep_attention(self.pool, gradient=False))
             stack.enter_context(tap)
         return handles
@@ -168,9 +175,7 @@ class Capture:
             )
 
         def keep(state: Tensor) -> Tensor:
-            if modules.batch_second:
-                return kept(state.transpose(0, 1)).transpose(0, 1)
-            return kept(state)
+            return from_tokens(kept(to_tokens(state, modules.arrangement)), modules.arrangement, state.shape)
 
         def kept(state: Tensor) -> Tensor:
             if kind in self.needs.state_gradients:
@@ -195,10 +200,8 @@ class Capture:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
-    def _keep_attention(
-        self, record: BlockRecord, gradient: bool = True
-    ) -> Callable[[AttentionOperands, Tensor], Tensor]:
-        def keep(operands: AttentionOperands, output: Tensor) -> Tensor:
+    def _keep_attention(self, record: BlockRecord, gradient: bool = True) -> Callable[[Attention, Tensor], Tensor]:
+        def keep(operands: Attention, output: Tensor) -> Tensor:
             index = len(record._calls)
             record._calls.append(operands)
             if not (gradient and self.needs.attention_gradient):
@@ -220,11 +223,12 @@ class Capture:
     def _check_records(self) -> None:
         if not self.needs.any_attention:
             return
-        tokens, patches = self.num_tokens, self.grid[0] * self.grid[1]
         for record in [*self.blocks[self.needs.from_block :], *([self.pool] if self.pool else [])]:
-            found = record.operands.num_keys
-            if found != tokens and not (record is self.pool and found == patches):
+            (prefix, (h, w)), windows = (record.layout.prefix, record.layout.grid), record.windows
+            expected, found = (record.layout.count if windows is None else windows.area), record.operands.num_keys
+            if found != expected and not (record is self.pool and found == h * w):
+                places = "" if windows is None else f", in windows of {expected}"
                 raise CaptureError(
-                    f"block {record.index} attends over {found} tokens; expected {tokens} = "
-                    f"{self.adapter.num_prefix_tokens} prefix tokens + {self.grid[0]}×{self.grid[1]} patches"
+                    f"block {record.index} attends over {found} tokens; expected {expected} = "
+                    f"{prefix} prefix tokens + {h}×{w} patches{places}"
                 )

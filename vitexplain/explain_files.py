@@ -160,6 +160,7 @@ class _Writer:
                 "options": dict(explanation.options),
                 "class_specific": method.info.class_specific,
                 "signed": explanation.signed,
+                "approximate": explanation.approximate,
                 "label": label,
                 **{key: values[k] for key, values in columns.items()},
                 "scores": save_scores(scores, self._place(f"{stem}-{columns['class'][k]}.npy")).name,

@@ -87,8 +87,8 @@ class Explainer:
     def __init__(self, method: Method, model: nn.Module | ModelAdapter | Subject) -> None:
         self.method = method
         self.subject = Subject.of(model)
-        for block in (method.needs.from_block, getattr(method, "layer", 0)):
-            self.subject.adapter.check_block(block)
+        self.subject.adapter.check_block(getattr(method, "layer", 0))
+        self.subject.adapter.check_needs(method.needs)
 
     def __repr__(self) -> str:
         return f"Explainer({self.method!r}, {type(self.subject.adapter.model).__name__})"
@@ -206,19 +206,20 @@ def _explain_batch(methods: Sequence[Method], subject: Subject, inputs: Tensor, 
 
 def _on_grid(method: Method, relevance: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
     """Patch scores (B, h, w), and the share (B,) of absolute relevance that the prefix tokens took."""
-    batch, (h, w) = len(capture.images), capture.grid
+    batch = len(capture.images)
     share = relevance.new_zeros(batch)
-    if relevance.shape == (batch, capture.num_tokens):
-        count = capture.adapter.num_prefix_tokens
-        magnitude = relevance.abs()
-        share = magnitude[:, :count].sum(1) / magnitude.sum(1).clamp(min=torch.finfo(relevance.dtype).tiny)
-        relevance = relevance[:, count:].reshape(batch, h, w)
-    if relevance.shape != (batch, h, w):
-        raise CaptureError(
-            f"{method.info.name} returned scores of shape {tuple(relevance.shape)}, expected ({batch}, "
-            f"{capture.num_tokens}) tokens or ({batch}, {h}, {w}) patches"
-        )
-    return relevance, share
+    for layout in dict.fromkeys(capture.layouts):
+        if relevance.shape == (batch, layout.count):
+            magnitude = relevance.abs()
+            share = magnitude[:, : layout.prefix].sum(1) / magnitude.sum(1).clamp(min=torch.finfo(relevance.dtype).tiny)
+            return relevance[:, layout.prefix :].reshape(batch, *layout.grid), share
+        if relevance.shape == (batch, *layout.grid):
+            return relevance, share
+    expected = " or ".join(
+        f"({batch}, {layout.count}) tokens or ({batch}, {layout.grid[0]}, {layout.grid[1]}) patches"
+        for layout in dict.fromkeys(capture.layouts)
+    )
+    raise CaptureError(f"{method.info.name} returned scores of shape {tuple(relevance.shape)}, expected {expected}")
 
 
 def _explanation(
@@ -247,9 +248,10 @@ def _explanation(
         logits=capture.logits,
         method=method.info.name,
         options=options,
-        grid=capture.grid,
+        grid=(scores.shape[-2], scores.shape[-1]),
         image_size=(capture.images.shape[-2], capture.images.shape[-1]),
         signed=method.signed,
+        approximate=subject.adapter.approximate if method.follows_blocks else None,
         diagnostics={"prefix_share": shares, "constant": constant},
         preprocessing=subject.preprocessing,
         labels=subject.labels,

@@ -31,9 +31,10 @@ class Explanation:
         logits: the model's output (B, C).
         method: registry name.
         options: the method's options and values.
-        grid: patch grid (h, w).
+        grid: patch grid (h, w) of the scores.
         image_size: pixels (H, W) of the model's input.
         signed: scores below zero are evidence against the target.
+        approximate: why the map is an approximation of what the method defines, on this model; None where it is exact.
         diagnostics: figures about each map, of shape (B,) or (B, K): ``prefix_share``, the share of absolute
             relevance on prefix tokens (CLS, registers), which no heatmap shows; ``constant``, whether the map is flat.
         preprocessing: how pictures became the model's input, where known.
@@ -48,13 +49,16 @@ class Explanation:
     grid: tuple[int, int]
     image_size: tuple[int, int]
     signed: bool = False
+    approximate: str | None = None
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     labels: Sequence[str] | None = None
     inputs: Tensor | None = None
 
     def __repr__(self) -> str:
-        return f"Explanation({self.method}, scores {tuple(self.scores.shape)}, targets {self._targets_text()})"
+        approximate = f", approximate: {self.approximate}" if self.approximate else ""
+        shape = tuple(self.scores.shape)
+        return f"Explanation({self.method}, scores {shape}, targets {self._targets_text()}{approximate})"
 
     def __len__(self) -> int:
         return len(self.scores)

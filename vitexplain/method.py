@@ -65,6 +65,11 @@ class Method(ABC):
         return self.info.signed
 
     @property
+    def follows_blocks(self) -> bool:
+        """Whether attention is followed through several blocks, with these options; else a `layer` is read alone."""
+        return self.needs.any_attention and "layer" not in self.options
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options and their values."""
         return dataclasses.asdict(self)
@@ -107,7 +112,7 @@ class ProductMethod(AttentionMethod):
         """Scores (B, N): the seed row, carried down through the blocks."""
         row = capture.seed_row()
         for block in reversed(capture.blocks[self.start_layer :]):
-            row = self.block_update(row, block)
+            row = self.block_update(block.receive(row), block)
         return self.read_out(row, capture)
 
 
@@ -134,7 +139,7 @@ class ResidualMethod(AttentionMethod):
         moved = torch.zeros_like(seed)
         for block in reversed(capture.blocks[self.start_layer :]):
             factor = self.factor(block)
-            seed, moved = seed * factor, moved * factor
+            seed, moved = block.receive(seed) * factor, block.receive(moved) * factor
             moved = moved + self.moved(seed + moved, block)
         return self.read_out(moved, capture)
 

@@ -9,8 +9,9 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from .attention import AttentionOperands, RowTile, propagate, row_tiles, widen
-from .errors import CaptureError
+from .attention import Attention, RowTile, propagate, row_tiles, widen
+from .errors import CaptureError, UnsupportedModelError
+from .layout import TokenLayout, Windows, hand_down
 from .models.adapter import BlockModules, ModelAdapter
 
 State = Literal["in", "attention_input", "mid", "mlp", "out"]
@@ -68,14 +69,16 @@ class BlockRecord:
         index: zero-based position of the block.
         adapter: the adapter of the borrowed model.
         modules: where the block is tapped.
+        layouts: the tokens of this block, then of each one above it.
         watched: attention was asked for.
     """
 
     index: int
     adapter: ModelAdapter = field(repr=False)
     modules: BlockModules = field(repr=False)
+    layouts: tuple[TokenLayout, ...] = field(repr=False)
     watched: bool = field(default=False, repr=False)
-    _calls: list[AttentionOperands] = field(default_factory=list, repr=False)
+    _calls: list[Attention] = field(default_factory=list, repr=False)
     _output_gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _states: dict[State, Tensor] = field(default_factory=dict, repr=False)
     _state_gradients: dict[State, Tensor] = field(default_factory=dict, repr=False)
@@ -100,8 +103,10 @@ class BlockRecord:
         return widen(self._present(self._state_gradients.get(kind), what, f"state_gradients={{{kind!r}}}"))
 
     @cached_property
-    def operands(self) -> AttentionOperands:
-        """q, k, v (B, H, N, dh), scale and bias of the attention.
+    def operands(self) -> Attention:
+        """The block's attention: q, k, v (B, H, N, dh), scale and bias, or A itself where the model wrote it out.
+
+        Where the block attends within W windows of n places, B is B·W and N is n.
 
         Raises:
             CaptureError: attention was not asked for in `Needs`, or the block did not compute any that could be seen.
@@ -109,14 +114,15 @@ class BlockRecord:
         if not self._calls and self.watched:
             raise CaptureError(
                 f"block {self.index}'s attention ({type(self.modules.attention).__name__}) called neither "
-                "scaled_dot_product_attention nor multi_head_attention_forward, so there is nothing to read: use an "
-                "implementation that does, or a method without attention such as gradcam"
+                "scaled_dot_product_attention nor multi_head_attention_forward, and multiplied no softmax with values, "
+                "so there is nothing to read: use an implementation that does, or a method without attention such as "
+                "gradcam"
             )
         return self.modules.combination.operands(self._present(self._calls or None, "attention", "attention=True"))
 
     @property
     def output_gradient(self) -> Tensor:
-        """dy/dO (B, H, N, dh), O being the attention output before the output projection."""
+        """dy/dO (B, H, N, dh), O being the output before the output projection; dy/dA where A was written out."""
         found = self._present(self._output_gradients or None, "the gradient of attention", "attention_gradient=True")
         return self.modules.combination.output_gradient([found[index] for index in sorted(found)])
 
@@ -131,20 +137,59 @@ class BlockRecord:
         return widen(self.adapter.value_weight(self.index))
 
     def attention(self) -> Tensor:
-        """Attention probabilities, whole (B, H, N, N)."""
+        """Attention probabilities, whole (B, H, N, N); (B·W, H, n, n) within windows."""
         return self.operands.probabilities()
 
     def attention_gradient(self) -> Tensor:
-        """Derivative of the explained score by the attention probabilities, whole (B, H, N, N)."""
+        """Derivative of the explained score by the attention probabilities, in the shape of `attention`."""
         return self.operands.gradient(self.output_gradient)
 
+    @property
+    def layout(self) -> TokenLayout:
+        """The tokens of this block."""
+        return self.layouts[0]
+
+    @cached_property
+    def windows(self) -> Windows | None:
+        """The windows that the block attends within; None for one over all tokens."""
+        return None if self.modules.windows is None else self.modules.windows(self.layout.grid)
+
     def tiles(self) -> Iterator[RowTile]:
-        """All query rows in order, as tiles of attention and its gradient."""
+        """All query rows in order, as tiles of attention and its gradient.
+
+        Raises:
+            UnsupportedModelError: the block attends within windows, so that no query row goes over all tokens.
+        """
+        if self.windows is not None:
+            raise UnsupportedModelError(
+                f"block {self.index} attends within windows, and has no one matrix over all tokens; use what goes row "
+                "by row, such as generic_attention, or rollout without discard_ratio and with normalisation='row'"
+            )
         return (RowTile(self.operands, self._gradient_or_none, rows) for rows in row_tiles(self.operands))
 
+    def receive(self, row: Tensor) -> Tensor:
+        """Relevance (B, N) of the tokens of this block, from that of the tokens of this block or one above it.
+
+        The same row in models whose tokens stay the same; see `layout.hand_down` for those that merge them.
+        """
+        return hand_down(row, self.layouts)
+
     def propagate(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
-        """`row` (B, N) times the matrix that `weigh` makes of this block's attention; see `attention.propagate`."""
-        return propagate(row, self.operands, weigh, output_gradient=self._gradient_or_none)
+        """`row` (B, N) times the matrix that `weigh` makes of this block's attention; see `attention.propagate`.
+
+        Windows are so many small matrices on the diagonal of that matrix: each takes its own part of the row.
+
+        Raises:
+            UnsupportedModelError: the row is about tokens that this block does not have.
+        """
+        received, windows, gradient = self.receive(row), self.windows, self._gradient_or_none
+        if received is not row and not received.any() and row.any():
+            raise UnsupportedModelError(
+                f"the head reads none of the tokens of block {self.index}; read a block that has them, such as the last"
+            )
+        if windows is None:
+            return propagate(received, self.operands, weigh, output_gradient=gradient)
+        return windows.merge(propagate(windows.split(received), self.operands, weigh, output_gradient=gradient))
 
     @property
     def _gradient_or_none(self) -> Tensor | None:

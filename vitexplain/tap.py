@@ -3,14 +3,16 @@
 A `TorchFunctionMode` is asked about every torch call of the forward. Calls of `scaled_dot_product_attention` inside
 watched modules are handed on with their arguments; the fused kernel has run as usual. A call of
 `multi_head_attention_forward` (what `nn.MultiheadAttention` computes with) hides its attention from every mode, so it
-is computed here from the same arguments: input projection, `scaled_dot_product_attention`, output projection.
+is computed here from the same arguments: input projection, `scaled_dot_product_attention`, output projection. Where a
+model writes its attention by hand, the attention is what values are multiplied with: the left side of a product that
+comes from a softmax, through whatever the model did to it in between. It is handed on in the place of that product.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .attention import AttentionOperands
+from .attention import Attention, AttentionOperands, GivenAttention
 from .errors import CaptureError
 
-Seen = Callable[[AttentionOperands, Tensor], Tensor]
-"""Takes the operands and output (B, H, N, dh) of one attention call; returns what the model goes on with."""
+Seen = Callable[[Attention, Tensor], Tensor]
+"""Takes one attention and the tensor to track for it, its output (B, H, N, dh) or, where it was written by hand, A
+itself (B, H, N, N); returns what the model goes on with."""
 
 _SDPA_DEFAULTS = {
     "attn_mask": None,
@@ -39,20 +42,27 @@ _SDPA = inspect.Signature(
     ]
 )
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+_SOFTMAX = frozenset({F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax})
+_PRODUCT = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__})
 
 
 class AttentionTap(TorchFunctionMode):
-    """Hands the attention calls inside watched modules on; calls elsewhere pass untouched."""
+    """Hands the attention calls inside watched modules on; calls elsewhere pass untouched.
 
-    def __init__(self) -> None:
+    Args:
+        batch: images in the forward: how many matrices of one head a stack of them holds.
+    """
+
+    def __init__(self, batch: int = 1) -> None:
         super().__init__()
-        self._inside: list[Seen] = []
+        self._batch = batch
+        self._inside: list[_Watched] = []
 
     def watch(self, module: nn.Module, seen: Seen) -> list[RemovableHandle]:
         """Hands calls inside a module to `seen`; the innermost watched module counts."""
 
         def enter(*_: Any) -> None:
-            self._inside.append(seen)
+            self._inside.append(_Watched(seen))
 
         def leave(*_: Any) -> None:
             self._inside.pop()
@@ -62,11 +72,85 @@ class AttentionTap(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._inside and func is F.scaled_dot_product_attention:
-            return self._inside[-1](_operands(*args, **(kwargs or {})), func(*args, **(kwargs or {})))
-        if self._inside and func is F.multi_head_attention_forward:
-            return _multi_head(self._inside[-1], *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        if not self._inside:
+            return func(*args, **named)
+        watched = self._inside[-1]
+        if func is F.scaled_dot_product_attention:
+            return watched.seen(_operands(*args, **named), func(*args, **named))
+        if func is F.multi_head_attention_forward:
+            return _multi_head(watched.seen, *args, **named)
+        if func in _SOFTMAX:
+            watched.weights = [func(*args, **named)]
+            return watched.weights[0]
+        if not watched.weights or not any(watched.holds(each) for each in args):
+            return func(*args, **named)
+        written = _written_out(func, args)
+        if written is not None and watched.holds(written.weights):
+            watched.weights = []
+            return func(*written.arguments(self._tracked(watched.seen, written)), **named)
+        return watched.keep(func(*args, **named))
+
+    def _tracked(self, seen: Seen, written: _WrittenOut) -> Tensor:
+        """What the model goes on with instead of the weights, in their own shape."""
+        matrix, values = written.weights, written.values
+        if matrix.ndim == 3:  # a head, or B·H of them
+            images = self._batch if len(matrix) % self._batch == 0 else len(matrix)
+            matrix, values = (each.reshape(images, -1, *each.shape[1:]) for each in (matrix, values))
+        values = values.expand(*matrix.shape[:2], -1, -1)  # heads may share them
+        return seen(GivenAttention(matrix.detach(), values.detach()), matrix).reshape(written.weights.shape)
+
+
+class _Watched:
+    """One running call of a watched module.
+
+    Attributes:
+        seen: takes its attention.
+        weights: the last softmax, and what became of it so far.
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        self.weights: list[Tensor] = []
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of `weights`."""
+        return any(value is each for each in self.weights)
+
+    def keep(self, result: Any) -> Any:
+        """Adds the result of an operation on weights, if it has as many entries."""
+        if isinstance(result, Tensor) and result.numel() == self.weights[0].numel():
+            self.weights.append(result)
+        return result
+
+
+class _WrittenOut(NamedTuple):
+    """A product of attention weights (…, N, N) with values (…, N, dh), and its arguments with other weights."""
+
+    weights: Tensor
+    values: Tensor
+    arguments: Callable[[Tensor], Sequence[Any]]
+
+
+def _written_out(func: Callable[..., Any], args: Sequence[Any]) -> _WrittenOut | None:
+    """The product that a call computes; None for other calls, and where it mixes no values."""
+    if func in _PRODUCT and len(args) > 1:
+        weights, values = args[:2]
+        if min(weights.ndim, values.ndim) < 2:
+            return None
+        written = _WrittenOut(weights, values, lambda tracked: (tracked, *args[1:]))
+    elif func is torch.einsum and len(args) == 3 and isinstance(args[0], str):
+        equation, weights, values = args
+        of_weights, of_values = equation.replace(" ", "").split("->")[0].split(",")
+        width = set(of_values) - set(of_weights)
+        if len(width) != 1 or set(of_weights[-2:]) & set(of_values) != {of_weights[-1:]}:
+            return None
+        order = f"{of_values}->{of_weights[:-2]}{of_weights[-1]}{width.pop()}"
+        written = _WrittenOut(weights, torch.einsum(order, values), lambda tracked: (equation, tracked, values))
+    else:
+        return None
+    (*_, keys), (*_, tokens, _width) = weights.shape, written.values.shape
+    return written if weights.ndim in (3, 4) and written.values.ndim == weights.ndim and keys == tokens else None
 
 
 def _operands(*args: Any, **kwargs: Any) -> AttentionOperands:

@@ -44,10 +44,24 @@ def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
     module = unwrap(model)
     # a model of timm cannot exist before timm is imported, so the import costs nobody anything
     if "timm" in sys.modules:
+        from .cait import CaitAdapter, is_cait
         from .timm_family import TimmAdapter, is_timm_transformer
+        from .windows import SwinAdapter, is_swin
 
         if is_timm_transformer(module):
             return TimmAdapter(module)
+        if is_swin(module):
+            return SwinAdapter(module)
+        if is_cait(module):
+            return CaitAdapter(module)
     from .discovery import DiscoveredAdapter
 
-    return DiscoveredAdapter(module)
+    try:
+        return DiscoveredAdapter(module)
+    except UnsupportedModelError as error:
+        from .features import FeatureAdapter
+
+        try:
+            return FeatureAdapter(module, reason=str(error))
+        except UnsupportedModelError:
+            raise error from None

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import Combination
 from ..borrowing import attributes_set
+from ..combination import Combination
 from ..errors import InputError, UnsupportedModelError
+from ..layout import Arrangement, TokenLayout, Windows
+
+if TYPE_CHECKING:
+    from ..record import Needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +26,13 @@ class BlockModules:
 
     Attributes:
         block: its input is state ``in``, its output state ``out``.
-        attention: scaled dot-product attention is called inside it, once.
+        attention: attention is computed inside it, once.
         attention_input: its output is state ``attention_input``.
         mid: its input is state ``mid``.
         mlp: its output is state ``mlp``; without one, that is ``out`` minus ``mid``.
         combination: how several attention calls of the block make one.
-        batch_second: token states inside the block are (N, B, D).
+        arrangement: the axes of token states inside the block.
+        windows: cuts the block's grid (h, w) into the windows that it attends within; None for one over all tokens.
     """
 
     block: nn.Module
@@ -34,7 +41,8 @@ class BlockModules:
     mid: nn.Module | None = None
     mlp: nn.Module | None = None
     combination: Combination = field(default_factory=Combination)
-    batch_second: bool = False
+    arrangement: Arrangement = "BND"
+    windows: Callable[[tuple[int, int]], Windows] | None = None
 
 
 def linear_weight(module: nn.Module, width: int) -> Tensor:
@@ -64,12 +72,14 @@ class ModelAdapter(ABC):
         blocks: where each block is tapped, in forward order.
         num_prefix_tokens: tokens before the patch tokens (CLS, DIST, registers).
         pool: the attention pool that reads the final tokens; its attention is then the seed row. None for other heads.
+        approximate: why following attention through several blocks is an approximation here; None where it is exact.
     """
 
     model: nn.Module
     blocks: tuple[BlockModules, ...]
     num_prefix_tokens: int
     pool: BlockModules | None = None
+    approximate: str | None = None
 
     @abstractmethod
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -107,6 +117,18 @@ class ModelAdapter(ABC):
     @abstractmethod
     def num_channels(self) -> int:
         """Channels of an input image."""
+
+    def layouts(self, grid: tuple[int, int]) -> tuple[TokenLayout, ...]:
+        """The tokens of each block, where patches form a grid (h, w); here the same in all."""
+        return (TokenLayout(self.num_prefix_tokens, grid),) * len(self.blocks)
+
+    def check_needs(self, needs: Needs) -> None:
+        """Refuses what a method asks for and this family does not have; here, blocks beyond the last.
+
+        Raises:
+            UnsupportedModelError: no such block, attention or token states; says which methods work.
+        """
+        self.check_block(needs.from_block)
 
     def logits(self, images: Tensor) -> Tensor:
         """Runs the model once: images (B, channels, H, W) to logits (B, C).

@@ -7,21 +7,20 @@ at each is proportional to the weight with which the head reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..borrowing import attributes_set, borrowed
+from ..borrowing import borrowed
 from ..errors import InputError, UnsupportedModelError
-from .adapter import BlockModules, ModelAdapter
+from .adapter import BlockModules
 from .findings import find_blocks, find_grid, find_pool, find_projections, find_states
 from .probe import watched
+from .unknown import UnknownModelAdapter
 
 
-class DiscoveredAdapter(ModelAdapter):
+class DiscoveredAdapter(UnknownModelAdapter):
     """A model whose structure was found by watching it: Hugging Face, torchvision, `nn.MultiheadAttention`, your own.
 
     Args:
@@ -34,12 +33,10 @@ class DiscoveredAdapter(ModelAdapter):
     """
 
     def __init__(self, model: nn.Module, image_size: tuple[int, int] | None = None) -> None:
-        self.model = model
-        self._keyword = _main_input(model)
-        self._probe_size = image_size or _configured_size(model)
-        images = _noise(model, self._probe_size)
+        super().__init__(model, image_size)
+        images = self.noise(self._probe_size)
         with torch.no_grad(), self.prepared(), watched(model) as seen:
-            self._try(images)
+            self.run(images)
         blocks = find_blocks(seen)
         self._tokens = blocks[0].attention.operands.num_tokens
         self._stem, grid = find_grid(seen, self._tokens)
@@ -51,32 +48,6 @@ class DiscoveredAdapter(ModelAdapter):
         pool = find_pool(seen, self._tokens, self.num_prefix_tokens)
         self.pool = None if pool is None else BlockModules(pool, pool)
         self._seed = None if pool is not None else self._measured_pooling(images)
-
-    @property
-    def num_channels(self) -> int:
-        """Channels that the patch embedding takes."""
-        return _image_channels(self.model)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """As for any adapter; the images go in by keyword where the model names its main input."""
-        return self._scores(self.model(images) if self._keyword is None else self.model(**{self._keyword: images}))
-
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        """Attention through `scaled_dot_product_attention` wherever a switch or a configuration chooses."""
-        modules = list(self.model.modules())
-        configurations = {
-            id(config): config
-            for module in modules
-            if getattr(config := getattr(module, "config", None), "_attn_implementation", None) is not None
-        }
-        with ExitStack() as stack:
-            for owners, name, value in (
-                ([module for module in modules if hasattr(module, "fused_attn")], "fused_attn", True),
-                (list(configurations.values()), "_attn_implementation", "sdpa"),
-            ):
-                stack.enter_context(attributes_set(owners, name, value))
-            yield
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch grid (h, w): the output size of the patch convolution.
@@ -137,18 +108,6 @@ class DiscoveredAdapter(ModelAdapter):
             )
         return found.value.reshape(found.heads, -1, found.value.shape[1]).transpose(1, 2)
 
-    def _try(self, images: Tensor) -> Tensor:
-        try:
-            return self.logits(images)
-        except UnsupportedModelError:
-            raise
-        except Exception as error:  # whatever an unknown model raises on an input it does not take
-            raise UnsupportedModelError(
-                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find "
-                f"out how it works ({type(error).__name__}: {error}). If it takes another size, pass "
-                "DiscoveredAdapter(model, image_size=(H, W)) as the model; otherwise write a ModelAdapter"
-            ) from error
-
     def _measured_pooling(self, images: Tensor) -> Tensor:
         """(N,), sum 1: the norms of the gradients at the final tokens, all made equal."""
         leaf: list[Tensor] = []
@@ -174,46 +133,3 @@ class DiscoveredAdapter(ModelAdapter):
         if not weights[2:].any() and weights[:2].all():
             return torch.tensor([0.5, 0.5] + [0.0] * (len(weights) - 2))  # two heads, averaged
         return weights / weights.sum()
-
-    @staticmethod
-    def _scores(output: Any) -> Tensor:
-        scores = getattr(output, "logits", output)
-        if isinstance(scores, Tensor) and scores.ndim == 2:
-            return scores
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(output).__name__
-        raise UnsupportedModelError(
-            f"the model returned {found}; expected logits of shape (B, C), one row an image. Use the class with a "
-            "classification head, or wrap it in a module that returns such scores"
-        )
-
-
-def _main_input(model: nn.Module) -> str | None:
-    name = getattr(model, "main_input_name", None)
-    if name not in (None, "pixel_values"):
-        raise UnsupportedModelError(
-            f"a {type(model).__name__} takes {name!r} first, not images; to explain an image-text model, pass "
-            "vitexplain.models.image_text.ImageTextModel(model, text_embeddings)"
-        )
-    return name
-
-
-def _configured_size(model: nn.Module) -> tuple[int, int]:
-    config = getattr(model, "config", None)
-    for owner in (model, config, getattr(config, "vision_config", None)):
-        for name in ("image_size", "input_resolution"):
-            size = getattr(owner, name, None)
-            if isinstance(size, int):
-                return size, size
-            if isinstance(size, tuple | list) and len(size) == 2:
-                return int(size[0]), int(size[1])
-    return 224, 224
-
-
-def _image_channels(model: nn.Module) -> int:
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-
-
-def _noise(model: nn.Module, size: tuple[int, int]) -> Tensor:
-    reference = next(model.parameters())
-    noise = torch.randn(1, _image_channels(model), *size, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=reference.device, dtype=reference.dtype)

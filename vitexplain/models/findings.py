@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..layout import Arrangement
 from .adapter import BlockModules
 from .probe import AttentionCall, Forward, ModuleCall
 
@@ -19,11 +20,11 @@ _LOOSE = 0.05  # half precisions
 
 @dataclass(frozen=True, eq=False)
 class FoundBlock:
-    """A block and its attention, as they were called; `batch_second` where its token states are (N, B, D)."""
+    """A block and its attention, as they were called, and the axes of its token states."""
 
     call: ModuleCall
     attention: AttentionCall
-    batch_second: bool = False
+    arrangement: Arrangement = "BND"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +56,17 @@ def find_blocks(seen: Forward) -> list[FoundBlock]:
     if not calls:
         raise UnsupportedModelError(
             "no attention was seen: the model calls neither scaled_dot_product_attention nor "
-            "multi_head_attention_forward on image tokens. Switch it to one of them, or write a ModelAdapter"
+            "multi_head_attention_forward on image tokens, and multiplies no softmax with values. Switch it to one of "
+            "them, or write a ModelAdapter"
         )
     counts = Counter(call.operands.num_tokens for call in calls)
-    if len(counts) > 1 or any(call.operands.q.shape[0] != 1 for call in calls):
+    # before the last of them, others attend to a reduced set of tokens; behind it, they pool
+    reduced = any(call.operands.num_tokens != call.operands.num_keys for call in seen.attentions[: _last(seen, calls)])
+    if len(counts) > 1 or reduced or any(call.operands.shape[0] != 1 or call.operands.v.ndim != 4 for call in calls):
         raise UnsupportedModelError(
-            f"attention runs over {', '.join(map(str, counts))} tokens in {len(calls)} calls (in windows or stages); "
-            "expected one sequence of tokens from the first block to the last. Hierarchical models need a ModelAdapter"
+            f"attention runs over {', '.join(map(str, counts))} tokens in {len(calls)} calls (in windows or stages"
+            f"{', or onto fewer tokens' if reduced else ''}); expected one sequence of tokens from the first block to "
+            "the last. Hierarchical models need a ModelAdapter"
         )
     depth = 0
     while len(calls) > 1 and len({_at(call, depth) for call in calls}) == 1 and _at(calls[0], depth) is not None:
@@ -79,13 +84,17 @@ def find_blocks(seen: Forward) -> list[FoundBlock]:
     return [_with_layout(block) for block in found]
 
 
+def _last(seen: Forward, calls: list[AttentionCall]) -> int:
+    return max(index for index, call in enumerate(seen.attentions) if call is calls[-1])
+
+
 def _with_layout(block: FoundBlock) -> FoundBlock:
     tokens = block.attention.operands.num_tokens
     shapes = {None if state is None else tuple(state.shape[:2]) for state in (block.call.input, block.call.output)}
     if shapes == {(1, tokens)}:
         return block
     if shapes == {(tokens, 1)}:
-        return replace(block, batch_second=True)
+        return replace(block, arrangement="NBD")
     raise UnsupportedModelError(
         f"a {type(block.call.module).__name__} takes and gives tensors that begin with {shapes}; expected token states "
         "(B, N, D) or (N, B, D). Models that pass anything else between blocks need a ModelAdapter"
@@ -131,8 +140,8 @@ def find_pool(seen: Forward, tokens: int, prefix: int) -> nn.Module | None:
 
 def find_projections(seen: Forward, block: FoundBlock) -> Projections:
     """The linear maps into the values and out of the heads, recognised by what they were given and gave."""
-    attention, q = block.attention, block.attention.operands.q
-    heads, around = q.shape[1], attention.parents[-1].module
+    attention = block.attention
+    heads, around = attention.operands.shape[1], attention.parents[-1].module
     merged = attention.output.transpose(1, 2).flatten(2)
     values = attention.operands.v.transpose(1, 2).flatten(2)
     if isinstance(around, nn.MultiheadAttention):
@@ -168,7 +177,7 @@ def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> t
     mid = None
     if projections.output is not None and call.input is not None:
         projected = F.linear(attention.output.transpose(1, 2).flatten(2), projections.output, projections.bias)
-        if block.batch_second:
+        if block.arrangement == "NBD":
             projected = projected.transpose(0, 1)
         for each in _inside(seen, call):
             if each.start < attention.start or each.input is None or each.input.shape != call.input.shape:
@@ -180,7 +189,7 @@ def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> t
                 projections = replace(projections, scale=_layer_scale(call.module, scale))
                 break
     around = attention.parents[-1].module
-    modules = BlockModules(call.module, around, attention_input=source, mid=mid, batch_second=block.batch_second)
+    modules = BlockModules(call.module, around, attention_input=source, mid=mid, arrangement=block.arrangement)
     return modules, projections
 
 

@@ -32,6 +32,9 @@ _TIMM_MODULES = (
     "beit",
     "eva",
     "naflexvit",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "cait",
 )
 
 
@@ -155,7 +158,7 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
         pattern: shell pattern of names, with or without ``timm:``.
 
     Yields:
-        Name as `load_model` takes it, and a note: "" if every method works, else what does not.
+        Name as `load_model` takes it, and a note: "" if every method works exactly, else what does not.
     """
     if fnmatch.fnmatch(EMBEDDED, pattern):
         yield EMBEDDED, "embedded: a small ViT trained on procedural scenes, works offline"
@@ -166,6 +169,8 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
         except UnsupportedModelError:
             continue
         notes = [] if model.num_classes else ["no classifier: its outputs are features"]
+        if adapter.approximate is not None:
+            notes.append(f"approximate: {adapter.approximate}")
         try:
             adapter.seed(adapter.num_prefix_tokens + 1)
         except UnsupportedModelError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionOperands
+from ..attention import Attention
 from ..borrowing import borrowed
 from ..tap import AttentionTap
 
@@ -39,13 +39,13 @@ class AttentionCall:
     """One attention call.
 
     Attributes:
-        operands: q, k, v (B, H, N, dh).
+        operands: the attention, with its values (B, H, N, dh).
         output: O (B, H, N, dh).
         start: position among all events of the forward.
         parents: the module calls it was made in, outermost first.
     """
 
-    operands: AttentionOperands
+    operands: Attention
     output: Tensor
     start: int
     parents: tuple[ModuleCall, ...]
@@ -76,11 +76,11 @@ def watched(model: nn.Module) -> Iterator[Forward]:
     def after(_: nn.Module, __: Any, output: Any) -> None:
         stack.pop().output = first_tensor(output)
 
-    def attended(operands: AttentionOperands, output: Tensor) -> Tensor:
+    def attended(operands: Attention, tracked: Tensor) -> Tensor:
         nonlocal events
         events += 1
-        seen.attentions.append(AttentionCall(operands, output, events, tuple(stack)))
-        return output
+        seen.attentions.append(AttentionCall(operands, operands.output(tracked), events, tuple(stack)))
+        return tracked
 
     tap = AttentionTap()
     with contextlib.ExitStack() as hooks:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..attention import Differential, SideBySide
+from ..combination import Differential, SideBySide
 from ..errors import InputError, UnsupportedModelError
 from .adapter import BlockModules, ModelAdapter, linear_weight
 
@@ -22,6 +22,31 @@ def is_timm_transformer(model: nn.Module) -> bool:
     from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
     return isinstance(model, VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit)
+
+
+def patch_grid(embed: Any, image_size: tuple[int, int], *, dynamic: bool) -> tuple[int, int]:
+    """Patch grid (h, w) that one of timm's patch embeddings makes; `dynamic` where it takes any size.
+
+    Raises:
+        InputError: it does not take images of this size.
+    """
+    height, width = embed.patch_size
+    fixed = getattr(embed, "img_size", None)
+    if dynamic or fixed is None:
+        if not getattr(embed, "dynamic_img_pad", False) and (image_size[0] % height or image_size[1] % width):
+            raise InputError(
+                f"found images of {image_size[0]}×{image_size[1]} pixels, expected multiples of the patch size "
+                f"{height}×{width}: resize or crop them"
+            )
+        rows, columns = -(-image_size[0] // height), -(-image_size[1] // width)
+    else:
+        if tuple(image_size) != tuple(fixed):
+            raise InputError(
+                f"found images of {image_size[0]}×{image_size[1]} pixels, expected {fixed[0]}×{fixed[1]}: resize "
+                "them, or build the model with img_size=… or dynamic_img_size=True"
+            )
+        rows, columns = embed.grid_size
+    return int(rows), int(columns)
 
 
 def _pre_norm(block: Any) -> BlockModules:
@@ -109,23 +134,7 @@ class TimmAdapter(ModelAdapter):
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch grid (h, w); any size for models with dynamic sizes, else the one size they take."""
-        height, width = self._embed.patch_size
-        fixed = getattr(self._embed, "img_size", None)
-        if getattr(self._vit, "dynamic_img_size", False) or fixed is None:
-            if not getattr(self._embed, "dynamic_img_pad", False) and (image_size[0] % height or image_size[1] % width):
-                raise InputError(
-                    f"found images of {image_size[0]}×{image_size[1]} pixels, expected multiples of the patch size "
-                    f"{height}×{width}: resize or crop them"
-                )
-            rows, columns = -(-image_size[0] // height), -(-image_size[1] // width)
-        else:
-            if tuple(image_size) != tuple(fixed):
-                raise InputError(
-                    f"found images of {image_size[0]}×{image_size[1]} pixels, expected {fixed[0]}×{fixed[1]}: resize "
-                    "them, or build the model with img_size=… or dynamic_img_size=True"
-                )
-            rows, columns = self._embed.grid_size
-        return int(rows), int(columns)
+        return patch_grid(self._embed, image_size, dynamic=getattr(self._vit, "dynamic_img_size", False))
 
     def seed(self, num_tokens: int) -> Tensor:
         """CLS; half CLS, half DIST; or uniform over the mean-pooled tokens, as the head reads them."""
