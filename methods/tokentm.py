@@ -108,7 +108,7 @@ class TokenTM(ResidualMethod):
 def _by_heads(state: Tensor, weight: Tensor) -> Tensor:
     """(B, N, D) times (H, D, dh), as one matrix product: (B, H, N, dh)."""
     heads = state @ weight.transpose(0, 1).flatten(1)
-    return heads.unflatten(-1, (len(weight), -1)).transpose(1, 2)
+    return heads.reshape(*state.shape[:2], len(weight), -1).transpose(1, 2)
 
 
 def _product_of_means(tile: RowTile) -> Tensor:

@@ -397,7 +397,7 @@ def test_truncated_weights(checkpoint: Path) -> None:
         ("[]", "architecture"),
         ('{"architecture": {"no_such_argument": 1}}', "VisionTransformer"),
         ('{"architecture": {"img_size": 96, "patch_size": 7, "embed_layer": "convolutional"}}', "VisionTransformer"),
-        ('{"architecture": {"img_size": 96, "patch_size": 8, "embed_dim": 48, "num_heads": 3}}', "not of this architecture"),
+        ('{"architecture": {"img_size": 96, "patch_size": 8, "embed_dim": 48, "num_heads": 3}}', "not of this arch"),
     ],
 )
 def test_wrong_description(checkpoint: Path, text: str, message: str) -> None:

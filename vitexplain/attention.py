@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-TILE_BYTES = 8 * 2**20
+TILE_BYTES = 4 * 2**20
 """How much one (B, H, T, N) tile may take, in bytes. Small enough to stay near the cache, large enough to
 keep the number of kernel launches low; every tile size gives the same map."""
 
@@ -68,6 +68,10 @@ class Attention(ABC):
         """dy/dA (B, H, T, N) from the gradient at the tensor that was tracked for this attention."""
 
     @abstractmethod
+    def part(self, images: slice) -> Attention:
+        """The attention of some images of the batch."""
+
+    @abstractmethod
     def output(self, tracked: Tensor) -> Tensor:
         """O = A v (B, H, N, dh), from the tensor that was tracked."""
 
@@ -102,8 +106,7 @@ class AttentionOperands(Attention):
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Attention after the softmax (B, H, T, N)."""
-        q, k = widen(self.q[:, :, rows]), widen(self.k)
-        logits = (q * self.scale) @ k.transpose(-2, -1)
+        logits = _inner_products(widen(self.q[:, :, rows]), widen(self.k), self.scale)
         if self.bias is not None:
             bias = self.bias
             if bias.shape[-2] != 1:
@@ -113,7 +116,14 @@ class AttentionOperands(Attention):
 
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""
-        return widen(output_gradient[:, :, rows]) @ widen(self.v).transpose(-2, -1)
+        return _inner_products(widen(output_gradient[:, :, rows]), widen(self.v))
+
+    def part(self, images: slice) -> AttentionOperands:
+        """The attention of some images of the batch."""
+        bias = self.bias
+        if bias is not None and bias.ndim == 4 and len(bias) > 1:
+            bias = bias[images]
+        return replace(self, q=self.q[images], k=self.k[images], v=self.v[images], bias=bias)
 
     def output(self, tracked: Tensor) -> Tensor:
         """O, which is what was tracked."""
@@ -145,6 +155,10 @@ class GivenAttention(Attention):
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """The same rows of dy/dA, which autograd gives here."""
         return widen(output_gradient[:, :, rows])
+
+    def part(self, images: slice) -> GivenAttention:
+        """The attention of some images of the batch."""
+        return GivenAttention(self.matrix[images], self.v[images])
 
     def output(self, tracked: Tensor) -> Tensor:
         """A v."""
@@ -181,6 +195,13 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _inner_products(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · left rightᵀ (B, H, T, N), scaled in the product itself; no copy where B and H merge as they lie."""
+    unused = left.new_empty(())
+    product = torch.baddbmm(unused, left.flatten(0, 1), right.flatten(0, 1).mT, beta=0, alpha=scale)
+    return product.view(*left.shape[:3], right.shape[2])
+
+
 def row_tiles(operands: Attention, rows: Tensor | None = None, tile_rows: int | None = None) -> Iterator[Rows]:
     """Splits query rows into tiles of at most `TILE_BYTES`.
 
@@ -208,7 +229,7 @@ def propagate(
     """One row vector times a matrix that is made of attention, tile by tile.
 
     ``out[b, …, j] = Σ_i row[b, i] · M[b, …, i, j]`` where `weigh` gives M's rows from a tile of attention.
-    Query rows on which `row` is zero for the whole batch are never computed: with a CLS seed, the last block
+    Query rows on which `row` is zero for all images of a tile are never computed: with a CLS seed, the last block
     costs one query row.
 
     Args:
@@ -222,6 +243,17 @@ def propagate(
     Returns:
         (B, H, N) or (B, N), as `weigh` gives heads or not; float32 or wider.
     """
+    batch, heads, tokens, keys = operands.shape
+    group = max(1, TILE_BYTES // (4 * heads * tokens * keys))  # whole images first: larger products than row tiles
+    if batch > group:
+        parts = []
+        for start in range(0, batch, group):
+            some = slice(start, start + group)
+            gradient = None if output_gradient is None else output_gradient[some]
+            parts.append(
+                propagate(row[some], operands.part(some), weigh, output_gradient=gradient, tile_rows=tile_rows)
+            )
+        return torch.cat(parts)
     support = (row != 0).any(dim=0).nonzero().squeeze(1)
     rows = support if len(support) < operands.num_tokens else None
     total: Tensor | None = None

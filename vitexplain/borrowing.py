@@ -14,14 +14,16 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
     try:
-        for module, _ in modes:
-            module.training = False
+        for module, training in modes:
+            if training:  # a write on a module is dear, and there are hundreds
+                module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training is not training:
+                module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
 

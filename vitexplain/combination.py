@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class DifferentialOperands(AttentionOperands):
         """A₁ - λ A₂ (B, H, T, N)."""
         first = super().probabilities(rows)
         return first if self.second is None else first - self.weight * self.second.probabilities(rows)
+
+    def part(self, images: slice) -> DifferentialOperands:
+        """The attention of some images of the batch."""
+        first = AttentionOperands.part(self, images)
+        second = None if self.second is None else self.second.part(images)
+        return replace(self, q=first.q, k=first.k, v=first.v, bias=first.bias, second=second)
 
 
 class Combination:

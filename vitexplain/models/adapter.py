@@ -171,7 +171,7 @@ class ModelAdapter(ABC):
                 f"found a tensor of {images.dtype}, expected {expected}, normalised as the model was trained: "
                 "pass files or PIL images to have that done, or use vitexplain.preprocessing.Preprocessing"
             )
-        if not images.isfinite().all():
+        if not (images.sum().isfinite() or images.isfinite().all()):  # the sum alone is a tenth of the work
             raise InputError("the images hold NaN or infinite values; expected finite numbers")
         self.grid((images.shape[-2], images.shape[-1]))
         reference = next(self.model.parameters(), images)

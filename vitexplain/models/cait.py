@@ -66,6 +66,10 @@ class ClassAttention(Attention):
         gradient = self.asked.gradient(output_gradient)
         return F.pad(gradient, (0, 0, 0, self.num_tokens - 1))[:, :, rows]
 
+    def part(self, images: slice) -> ClassAttention:
+        """The attention of some images of the batch."""
+        return ClassAttention(self.asked.part(images))
+
     def output(self, tracked: Tensor) -> Tensor:
         """That of the class token (B, H, 1, dh)."""
         return self.asked.output(tracked)
