@@ -292,6 +292,8 @@ class TestProcesses:
             "PYTHONPATH": str(ROOT),
             **variables,
         }
+        # a shell that runs the tests in the background has them, and what they start, ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -330,11 +332,14 @@ class TestProcesses:
             (tmp_path / "in" / f"{index}.png").write_bytes(picture)
         output = tmp_path / "out"
         process = self.start(folder, tmp_path / "in", "--batch-size", 1, "--output", output)
-        deadline = time.monotonic() + 100
-        while not list(output.glob("*.json")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 100
+            while not list(output.glob("*.json")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130
         assert errors == "interrupted; results finished before this are complete\n"
         records = list(output.glob("*.json"))
