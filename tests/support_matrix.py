@@ -82,7 +82,7 @@ class SupportMatrix:
         yield "passed on a tiny model of the family; only what a test ran is marked. A dash: the family's mathematics"
         yield "does not define the method, and asking for it raises `UnsupportedModelError`."
         yield ""
-        yield "Plain transformers only: what works on Swin, CaiT (approximately) and other kinds of models (Grad-CAM) is in"
+        yield "Plain transformers only. What works on Swin, CaiT (approximately) and other kinds of models (Grad-CAM):"
         yield "[architecture.md](architecture.md), tested in `tests/test_tiers.py`."
         yield ""
         yield "| family | " + " | ".join(methods) + " |"
