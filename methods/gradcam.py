@@ -48,6 +48,6 @@ class GradCAM(Method):
         """Weighted channels (B, N)."""
         block = capture.blocks[self.layer]
         tokens, gradient = block.state("attention_input"), block.state_gradient("attention_input")
-        weights = gradient[:, capture.adapter.num_prefix_tokens :].mean(1, keepdim=True)
+        weights = gradient[:, block.layout.prefix :].mean(1, keepdim=True)
         scores = (weights * tokens).sum(2)
         return scores.clamp(min=0) if self.relu else scores

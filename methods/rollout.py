@@ -60,6 +60,7 @@ class Rollout(ProductMethod):
         mixed = (1 - self.residual) * fused
         mixed[:, torch.arange(len(columns), device=fused.device), columns] += self.residual
         sums = mixed.sum(2)
+        sums = torch.where(sums == 0, 1.0, sums)  # a row of which everything was discarded stays zero
         return mixed / (sums[:, :, None] if self.normalisation == "row" else sums[:, None])
 
     def _discard(self, fused: Tensor) -> Tensor:

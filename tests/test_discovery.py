@@ -272,3 +272,76 @@ def test_the_clip_layout_of_openai_and_open_clip() -> None:
     model = ImageTextModel(Encoder().eval(), torch.randn(4, 7))
     model.image_size = (32, 48)
     assert get_explainer("generic_attention", model)(make_images("own"), 2).scores.shape == (2, 4, 6)
+
+
+class Reordered(Own):
+    """Tokens in an order that no map may be drawn from: CLS behind the patches, or patches column by column."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.stem(images)
+        patches = (patches.transpose(2, 3) if self.order == "columns" else patches).flatten(2).transpose(1, 2)
+        extra = self.extra.expand(len(images), -1, -1)
+        tokens = torch.cat([patches, extra] if self.order == "behind" else [extra, patches], dim=1) + self.places
+        return self.head(self.norm(self.layers(tokens)).mean(1))
+
+
+@pytest.mark.parametrize("order", ["behind", "columns"])
+def test_tokens_in_another_order_are_refused(order: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="bottom left patch is token"):
+        DiscoveredAdapter(Reordered(order).eval())
+    assert DiscoveredAdapter(Reordered("usual").eval()).num_prefix_tokens == 3
+
+
+class HeadsFirst(nn.Module):
+    """Attention by hand on (H·B, N, N): a batch of one looks like (B·H, N, N)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, query: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        q, k, v = (torch.cat(part(query).split(8, 2), 0) for part in (self.q, self.k, self.v))
+        mixed = torch.bmm((q @ k.transpose(1, 2) / 8**0.5).softmax(-1), v)
+        return self.out(torch.cat(mixed.split(len(query), 0), 2)), None
+
+
+def test_attention_that_would_mix_images_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Own().eval()
+    for block in model.layers:
+        block.attention = HeadsFirst()
+    with pytest.raises(UnsupportedModelError, match="mixes images"):
+        DiscoveredAdapter(model)
+
+
+@pytest.mark.parametrize("name", ["own", "hf_beit"])
+def test_a_model_may_be_converted_after_it_was_watched(name: str) -> None:
+    model, images = make_model(name), make_images(name)
+    explainer = get_explainer("tokentm", model, transformation="literal")
+    expected = explainer(images, 1).scores.double()
+    model.double()
+    torch.testing.assert_close(explainer(images.double(), 1).scores, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_size_that_the_model_refuses_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="refused images of 64×64 pixels"):
+        get_explainer("rollout", make_model("own"))(torch.randn(1, 3, 64, 64))
+
+
+def test_a_head_that_reads_another_block_is_refused() -> None:
+    class Penultimate(Own):
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.stem(images).flatten(2).transpose(1, 2)
+            tokens = torch.cat([self.extra.expand(len(images), -1, -1), tokens], dim=1) + self.places
+            before = self.layers[1](self.layers[0](tokens))
+            self.layers[2](before)
+            return self.head(before.mean(1))
+
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="does not read the last block"):
+        DiscoveredAdapter(Penultimate().eval())

@@ -191,3 +191,46 @@ def test_prefix_share_is_a_share() -> None:
 def test_repr_names_method_shape_and_targets() -> None:
     explanation = get_explainer("rollout", make_model("cls"))(make_images("cls"), [1, 2])
     assert repr(explanation) == "Explanation(rollout, scores (2, 4, 6), targets [1, 2])"
+
+
+def test_several_methods_are_checked_before_any_work() -> None:
+    from vitexplain import OptionError, UnsupportedModelError, explain_with
+
+    subject = Subject.of(make_model("cls"))
+    with pytest.raises(OptionError, match="no methods"):
+        explain_with([], subject, make_images("cls"))
+    with pytest.raises(UnsupportedModelError, match="expected -3 to 2"):
+        explain_with([create_method("gradcam", layer=7)], subject, torch.zeros(1))
+
+
+def test_autocast_does_not_reach_the_attribution() -> None:
+    explainer, images = get_explainer("rollout", make_model("cls")), make_images("cls")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = explainer(images)
+    total = inside.scores.flatten(1).sum(1) + inside.diagnostics["prefix_share"]
+    torch.testing.assert_close(total, torch.ones(2), rtol=0, atol=1e-5)  # half precision would be off by 1e-3
+
+
+def test_checkpointed_models_are_explained_and_given_back() -> None:
+    model, images = make_model("cls"), make_images("cls")
+    expected = get_explainer("tokentm", model)(images, 1).scores
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(get_explainer("tokentm", model)(images, 1).scores, expected)
+    assert model.grad_checkpointing
+
+
+def test_warnings_count_images_over_all_batches() -> None:
+    from vitexplain import ExplanationWarning
+
+    model = make_model("cls")
+    with torch.no_grad():
+        model.head.weight[2] = 0.0
+    with pytest.warns(ExplanationWarning) as caught:
+        get_explainer("generic_attention", model)(make_images("cls", batch=3), 2, batch_size=2)
+    assert [str(each.message).split(":")[0].split("images ")[1] for each in caught] == ["[0, 1]", "[2]"]
+
+
+@pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+def test_everything_discarded_gives_zeros_not_nan() -> None:
+    explainer = get_explainer("rollout", make_model("cls"), residual=0.0, discard_ratio=0.99)
+    assert explainer(make_images("cls")).scores.isfinite().all()

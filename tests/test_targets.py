@@ -105,3 +105,20 @@ def test_maps_of_equal_scores_are_equal() -> None:
     contrast = explainer(images, (3, 1)).scores
     torch.testing.assert_close(contrast, explainer(images, lambda logits: logits[:, 3] - logits[:, 1]).scores)
     assert (contrast - explainer(images, 3).scores).abs().max() > 1e-3 * contrast.abs().max()
+
+
+def test_a_contrast_of_several_pairs_gives_several_maps() -> None:
+    explainer, images = get_explainer("generic_attention", make_model("cls")), make_images("cls")
+    several = explainer(images, (torch.tensor([[1, 2]] * 2), torch.tensor([[3, 4]] * 2)))
+    assert several.scores.shape == (2, 2, 4, 6)
+    for k, pair in enumerate(((1, 3), (2, 4))):
+        torch.testing.assert_close(several.scores[:, k], explainer(images, pair).scores)
+
+
+def test_targets_of_other_kinds_and_from_inference_mode() -> None:
+    explainer, images = get_explainer("generic_attention", make_model("cls")), make_images("cls", batch=4)
+    expected = explainer(images, [0, 1, 2, 3]).scores
+    torch.testing.assert_close(explainer(images, range(4), batch_size=2).scores, expected, rtol=1e-4, atol=1e-6)
+    with torch.inference_mode():
+        target = torch.arange(4)
+    torch.testing.assert_close(explainer(images, target).scores, expected)

@@ -10,13 +10,24 @@ from torch import nn
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode and frozen weights inside; everything as before outside, each module's own flags."""
+    """Evaluation mode, frozen weights, no gradient checkpointing inside; everything as before outside.
+
+    Checkpointing would run blocks a second time in the backward pass, when nothing watches them.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    checkpointed = [
+        (module, name)
+        for module, _ in modes
+        for name in ("grad_checkpointing", "gradient_checkpointing")
+        if getattr(module, name, False) is True
+    ]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
     try:
         for module, training in modes:
             if training:  # a write on a module is dear, and there are hundreds
                 module.training = False
+        for module, name in checkpointed:
+            setattr(module, name, False)
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model
@@ -24,6 +35,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
         for module, training in modes:
             if module.training is not training:
                 module.training = training
+        for module, name in checkpointed:
+            setattr(module, name, True)
         for parameter in trainable:
             parameter.requires_grad_(True)
 

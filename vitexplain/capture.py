@@ -65,12 +65,13 @@ class Capture:
         self._context: ExitStack | None = None
 
     def __enter__(self) -> Capture:
-        self._context = ExitStack()
-        # inside a caller's inference_mode no graph could be recorded
-        self._context.enter_context(torch.inference_mode(False))
-        self._context.enter_context(torch.set_grad_enabled(self.needs.gradient))
-        self._context.enter_context(borrowed(self.adapter.model))
-        self._context.enter_context(self.adapter.prepared())
+        with ExitStack() as stack:
+            # inside a caller's inference_mode no graph could be recorded
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(self.needs.gradient))
+            stack.enter_context(borrowed(self.adapter.model))
+            stack.enter_context(self.adapter.prepared())
+            self._context = stack.pop_all()
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,6 @@ class Explainer:
     def __init__(self, method: Method, model: nn.Module | ModelAdapter | Subject) -> None:
         self.method = method
         self.subject = Subject.of(model)
-        self.subject.adapter.check_block(getattr(method, "layer", 0))
         self.subject.adapter.check_needs(method.needs)
 
     def __repr__(self) -> str:
@@ -155,6 +154,12 @@ def explain_with(
     Returns:
         One explanation a method, in their order.
     """
+    if not methods:
+        raise OptionError("found no methods, expected at least one")
+    for method in methods:
+        subject.adapter.check_needs(method.needs)
+    if isinstance(target, Sequence) and not isinstance(target, list | tuple | str):
+        target = cast("Target", list(target))
     inputs = subject.prepare(images)
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"found batch_size={batch_size}, expected a whole number >= 1 or None")
@@ -164,7 +169,7 @@ def explain_with(
     while start < len(inputs) or not parts:
         rows = slice(start, start + step)
         try:
-            parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows)))
+            parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows), start))
         except RuntimeError as error:
             if step <= 1 or not _is_out_of_memory(error):
                 raise
@@ -178,7 +183,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _explain_batch(methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target) -> list[Explanation]:
+def _explain_batch(
+    methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target, start: int
+) -> list[Explanation]:
+    """Explains one batch, whose first image is number `start` of all."""
     check_block = subject.adapter.check_block
     needs = reduce(or_, (replace(each.needs, from_block=check_block(each.needs.from_block)) for each in methods))
     scores: list[list[Tensor]] = [[] for _ in methods]
@@ -194,12 +202,13 @@ def _explain_batch(methods: Sequence[Method], subject: Subject, inputs: Tensor, 
                 if maps and not method.info.class_specific:
                     map_, share = maps[0], prefix[0]
                 else:
-                    with torch.no_grad():
+                    # a caller's autocast must not take the attribution to half precision
+                    with torch.no_grad(), torch.autocast(capture.images.device.type, enabled=False):
                         map_, share = _on_grid(method, method.attribute(capture), capture)
                 maps.append(map_)
                 prefix.append(share)
         return [
-            _explanation(method, subject, capture, resolved, torch.stack(maps, 1), torch.stack(prefix, 1))
+            _explanation(method, subject, capture, resolved, torch.stack(maps, 1), torch.stack(prefix, 1), start)
             for method, maps, prefix in zip(methods, scores, shares, strict=True)
         ]
 
@@ -223,12 +232,18 @@ def _on_grid(method: Method, relevance: Tensor, capture: Capture) -> tuple[Tenso
 
 
 def _explanation(
-    method: Method, subject: Subject, capture: Capture, target: ResolvedTarget, scores: Tensor, shares: Tensor
+    method: Method,
+    subject: Subject,
+    capture: Capture,
+    target: ResolvedTarget,
+    scores: Tensor,
+    shares: Tensor,
+    start: int,
 ) -> Explanation:
     flat = scores.flatten(2)
     constant = flat.amax(2) == flat.amin(2)
     if not flat.isfinite().all():
-        broken = _images(~flat.isfinite().all(2))
+        broken = _images(~flat.isfinite().all(2), start)
         _warn(
             f"{method.info.name} gave NaN or infinite scores for images {broken}: check the weights and the precision"
         )
@@ -238,7 +253,7 @@ def _explanation(
             if method.needs.gradient
             else "attention does not tell the patches apart"
         )
-        _warn(f"{method.info.name} gave a constant map for images {_images(constant)}: {cause}")
+        _warn(f"{method.info.name} gave a constant map for images {_images(constant, start)}: {cause}")
     if target.single:
         scores, shares, constant = scores[:, 0], shares[:, 0], constant[:, 0]
     options: dict[str, Any] = method.options
@@ -259,9 +274,9 @@ def _explanation(
     )
 
 
-def _images(found: Tensor) -> list[int]:
-    """Which images of the batch have a True in (B, K)."""
-    return [index for index, row in enumerate(found.tolist()) if any(row)]
+def _images(found: Tensor, start: int) -> list[int]:
+    """Which images have a True in (B, K), counted over all batches."""
+    return [start + index for index, row in enumerate(found.tolist()) if any(row)]
 
 
 def _warn(message: str) -> None:

@@ -85,10 +85,10 @@ def resolve_target(target: Target, logits: Tensor) -> ResolvedTarget:
     if isinstance(target, tuple):
         if len(target) != 2:
             raise TargetError(f"found a tuple of {len(target)}, expected {FORMS}. A list gives one class an image")
-        (ours, _), (theirs, _) = (_classes(side, logits) for side in target)
+        (ours, single), (theirs, _) = (_classes(side, logits) for side in target)
         if ours.shape != theirs.shape:
             raise TargetError(f"found a contrast of {tuple(ours.shape)} against {tuple(theirs.shape)} classes")
-        return ResolvedTarget(ours, theirs, None, True)
+        return ResolvedTarget(ours, theirs, None, single)
     classes, single = _classes(target, logits)
     return ResolvedTarget(classes, None, None, single)
 
@@ -127,7 +127,8 @@ def _classes(target: object, logits: Tensor) -> tuple[Tensor, bool]:
     outside = classes[(classes < 0) | (classes >= count)]
     if outside.numel():
         raise TargetError(f"found class {int(outside[0])}, expected 0 to {count - 1}: the model has {count} classes")
-    classes = classes.to(device=logits.device, dtype=torch.int64)
+    # clone: a tensor made in the caller's inference_mode cannot take part in a graph
+    classes = classes.to(device=logits.device, dtype=torch.int64).clone()
     if classes.ndim == 2:
         return classes, False
     return classes.expand(batch)[:, None], True

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import GivenAttention
 from ..borrowing import borrowed
 from ..errors import InputError, UnsupportedModelError
+from ..layout import to_tokens
 from .adapter import BlockModules
-from .findings import find_blocks, find_grid, find_pool, find_projections, find_states
-from .probe import watched
+from .findings import FoundBlock, find_blocks, find_grid, find_pool, find_projections, find_states
+from .probe import Forward, watched
 from .unknown import UnknownModelAdapter
 
 
@@ -35,8 +37,9 @@ class DiscoveredAdapter(UnknownModelAdapter):
     def __init__(self, model: nn.Module, image_size: tuple[int, int] | None = None) -> None:
         super().__init__(model, image_size)
         images = self.noise(self._probe_size)
-        with torch.no_grad(), self.prepared(), watched(model) as seen:
-            self.run(images)
+        if images.is_meta:
+            raise UnsupportedModelError("a model on the meta device cannot be watched; load its weights first")
+        seen = self._watch(images)
         blocks = find_blocks(seen)
         self._tokens = blocks[0].attention.operands.num_tokens
         self._stem, grid = find_grid(seen, self._tokens)
@@ -45,6 +48,8 @@ class DiscoveredAdapter(UnknownModelAdapter):
         found = [find_states(seen, block, find_projections(seen, block)) for block in blocks]
         self.blocks = tuple(modules for modules, _ in found)
         self._projections = [projections for _, projections in found]
+        self._check_order(images, blocks[0])
+        self._check_batches(images, blocks[0])
         pool = find_pool(seen, self._tokens, self.num_prefix_tokens)
         self.pool = None if pool is None else BlockModules(pool, pool)
         self._seed = None if pool is not None else self._measured_pooling(images)
@@ -95,7 +100,9 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 f"no linear map from the heads to the residual stream was found in block {block} "
                 f"({type(self.blocks[block].block).__name__}); use generic_attention or rollout"
             )
-        weight = found.output if found.scale is None else found.scale[:, None] * found.output
+        weight = found.output.weight.detach()
+        if found.scale is not None:
+            weight = found.scale.detach().to(weight)[:, None] * weight
         return weight.T.reshape(found.heads, -1, len(weight))
 
     def value_weight(self, block: int) -> Tensor:
@@ -106,7 +113,44 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 f"no linear map from the tokens to the values was found in block {block}; use transformation='value', "
                 "or generic_attention"
             )
-        return found.value.reshape(found.heads, -1, found.value.shape[1]).transpose(1, 2)
+        weight = found.value().detach()
+        return weight.reshape(found.heads, -1, weight.shape[1]).transpose(1, 2)
+
+    def _watch(self, images: Tensor) -> Forward:
+        with torch.no_grad(), self.prepared(), watched(self.model, len(images)) as seen:
+            self.run(images)
+        return seen
+
+    def _check_order(self, images: Tensor, first: FoundBlock) -> None:
+        """Prefix tokens come first and patches row by row: a change at the bottom left reaches one place alone."""
+        (h, w), (height, width) = self._probe_grid, images.shape[-2:]
+        changed = images.clone()
+        changed[..., height - height // h :, : width // w] *= -1
+        states = []
+        for call in (first, find_blocks(self._watch(changed))[0]):
+            if call.call.input is None:
+                return
+            states.append(to_tokens(call.call.input, call.arrangement))
+        moved = (states[0] - states[1]).abs().amax((0, 2)).float()
+        expected = self.num_prefix_tokens + (h - 1) * w
+        reached = bool((moved[: self.num_prefix_tokens] > 1e-3 * moved.max()).any())
+        if reached or int(moved.argmax()) != expected:
+            raise UnsupportedModelError(
+                f"the bottom left patch is token {int(moved.argmax())}; expected {expected}, after "
+                f"{self.num_prefix_tokens} prefix tokens, with patches row by row. Another order needs a ModelAdapter"
+            )
+
+    def _check_batches(self, images: Tensor, first: FoundBlock) -> None:
+        """Attention written by hand on (B·H, N, N) is cut into images rightly: the first of two keeps its own."""
+        if not isinstance(first.attention.operands, GivenAttention):
+            return
+        seen = self._watch(torch.cat([images, images.flip(-1)]))
+        both, alone = seen.attentions[0].operands.probabilities(), first.attention.operands.probabilities()
+        if both.shape[1:] != alone.shape[1:] or not torch.allclose(both[:1], alone, atol=1e-3):
+            raise UnsupportedModelError(
+                "the model stacks the attention of its heads and images in an order that mixes images; expected images "
+                "first, (B·H, N, N) or (B, H, N, N)"
+            )
 
     def _measured_pooling(self, images: Tensor) -> Tensor:
         """(N,), sum 1: the norms of the gradients at the final tokens, all made equal."""
@@ -124,12 +168,16 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 logits = self.logits(images).float()
             finally:
                 handle.remove()
+            if not logits.requires_grad:
+                raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
             direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
-            (gradient,) = torch.autograd.grad((logits * direction).sum(), leaf)
+            (gradient,) = torch.autograd.grad((logits * direction).sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
         weights = gradient.flatten(0, 1).float().norm(dim=-1).cpu()
         weights = torch.where(weights < 1e-4 * weights.max(), 0.0, weights)
         if not weights.any():
-            raise UnsupportedModelError("the head does not read the last block's tokens, so no seed row can be found")
+            raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
         if not weights[2:].any() and weights[:2].all():
             return torch.tensor([0.5, 0.5] + [0.0] * (len(weights) - 2))  # two heads, averaged
         return weights / weights.sum()

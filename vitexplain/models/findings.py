@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,17 +35,16 @@ class Projections:
 
     Attributes:
         heads: H.
-        output: (D, H·dh), from the heads to the residual stream.
-        bias: (D,) of the output map.
+        output: the module from the heads to the residual stream, with a weight (D, H·dh) and a bias.
         scale: (D,) LayerScale on top of it.
-        value: (H·dh, D), from the attention input to the values.
+        value: gives (H·dh, D), from the attention input to the values. Asked when needed: a model may be moved or
+            converted after it was watched.
     """
 
     heads: int
-    output: Tensor | None = None
-    bias: Tensor | None = None
+    output: nn.Linear | None = None
     scale: Tensor | None = None
-    value: Tensor | None = None
+    value: Callable[[], Tensor] | None = None
 
 
 def find_blocks(seen: Forward) -> list[FoundBlock]:
@@ -145,10 +146,14 @@ def find_projections(seen: Forward, block: FoundBlock) -> Projections:
     merged = attention.output.transpose(1, 2).flatten(2)
     values = attention.operands.v.transpose(1, 2).flatten(2)
     if isinstance(around, nn.MultiheadAttention):
-        value = around.v_proj_weight if around.in_proj_weight is None else around.in_proj_weight.chunk(3)[2]
-        return Projections(heads, around.out_proj.weight.detach(), around.out_proj.bias, None, value.detach())
+        packed = around.in_proj_weight is not None
+
+        def value_of() -> Tensor:
+            return around.in_proj_weight.chunk(3)[2] if packed else around.v_proj_weight
+
+        return Projections(heads, around.out_proj, None, value_of)
     output: nn.Linear | None = None
-    value_weight: Tensor | None = None
+    value: Callable[[], Tensor] | None = None
     for call in _inside(seen, block.call):
         if not isinstance(call.module, nn.Linear) or call.input is None or call.output is None:
             continue
@@ -159,10 +164,12 @@ def find_projections(seen: Forward, block: FoundBlock) -> Projections:
                 if call.output.shape[-1] == share * values.shape[-1] and _close(
                     call.output.chunk(share, -1)[-1], values
                 ):
-                    value_weight = call.module.weight.detach().chunk(share)[-1]
-    if output is None:
-        return Projections(heads, value=value_weight)
-    return Projections(heads, output.weight.detach(), output.bias, None, value_weight)
+                    value = functools.partial(_last_part, call.module, share)
+    return Projections(heads, output, None, value)
+
+
+def _last_part(module: nn.Linear, share: int) -> Tensor:
+    return module.weight.chunk(share)[-1]
 
 
 def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> tuple[BlockModules, Projections]:
@@ -176,7 +183,8 @@ def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> t
             source = each.module
     mid = None
     if projections.output is not None and call.input is not None:
-        projected = F.linear(attention.output.transpose(1, 2).flatten(2), projections.output, projections.bias)
+        output = projections.output
+        projected = F.linear(attention.output.transpose(1, 2).flatten(2), output.weight, output.bias).detach()
         if block.arrangement == "NBD":
             projected = projected.transpose(0, 1)
         for each in _inside(seen, call):
@@ -196,7 +204,7 @@ def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> t
 def _layer_scale(block: nn.Module, measured: Tensor) -> Tensor | None:
     """The block's own parameter that a measured ratio is nearest to, if it is near; None for no scaling."""
     ones = torch.ones_like(measured)
-    own = [each.detach() for each in block.parameters() if each.shape == measured.shape]
+    own = [each for each in block.parameters() if each.shape == measured.shape]
     nearest = min([ones, *own], key=lambda each: (each - measured).abs().float().mean().item())
     if not _close(nearest, measured):
         return measured

@@ -136,7 +136,7 @@ def load_model(
             f"no model called {name!r}. Known: {EMBEDDED} (embedded), {_PREFIX}ARCHITECTURE (for instance "
             f"{_PREFIX}vit_tiny_patch16_224; `vitexplain models` lists them)"
         )
-    adapter = adapt(model.eval())
+    adapter = adapt(model.eval().to(place))
     prepare = prepare.replace(**(preprocessing or {}))
     try:
         adapter.grid(prepare.size)
@@ -147,7 +147,6 @@ def load_model(
     num_classes = _count_classes(name, model)
     if given is not None and len(given) != num_classes:
         raise InputError(f"found {len(given)} labels, expected {num_classes}, one for each class of {name}")
-    model.to(place)
     return LoadedModel(name, model, Subject(adapter, prepare, given or names), weights, num_classes)
 
 

@@ -60,8 +60,8 @@ class Forward:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[Forward]:
-    """Records every module call and every attention call inside; leaves nothing on the model."""
+def watched(model: nn.Module, batch: int = 1) -> Iterator[Forward]:
+    """Records every module call and every attention call of a forward of `batch` images; leaves nothing behind."""
     seen = Forward()
     stack: list[ModuleCall] = []
     events = 0
@@ -82,7 +82,7 @@ def watched(model: nn.Module) -> Iterator[Forward]:
         seen.attentions.append(AttentionCall(operands, operands.output(tracked), events, tuple(stack)))
         return tracked
 
-    tap = AttentionTap()
+    tap = AttentionTap(batch)
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(torch.inference_mode(False))
         hooks.enter_context(borrowed(model))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..borrowing import attributes_set
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from .adapter import ModelAdapter
 
 
@@ -38,7 +38,17 @@ class UnknownModelAdapter(ModelAdapter, ABC):
 
     def logits(self, images: Tensor) -> Tensor:
         """As for any adapter; the images go in by keyword where the model names its main input."""
-        return _scores(self.model(images) if self._keyword is None else self.model(**{self._keyword: images}))
+        try:
+            output = self.model(images) if self._keyword is None else self.model(**{self._keyword: images})
+        except (AssertionError, RuntimeError, ValueError) as error:
+            size = tuple(images.shape[-2:])
+            if size == tuple(self._probe_size) or "memory" in str(error):
+                raise
+            raise InputError(
+                f"the model refused images of {size[0]}×{size[1]} pixels ({type(error).__name__}: {error}); expected "
+                f"{self._probe_size[0]}×{self._probe_size[1]}"
+            ) from error
+        return _scores(output)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -59,7 +69,7 @@ class UnknownModelAdapter(ModelAdapter, ABC):
 
     def noise(self, size: tuple[int, int]) -> Tensor:
         """One image (1, channels, H, W) to find things out with, the same every time."""
-        reference = next(self.model.parameters())
+        reference = next(self.model.parameters(), torch.empty(0))
         noise = torch.randn(1, self.num_channels, *size, generator=torch.Generator().manual_seed(0))
         return noise.to(device=reference.device, dtype=reference.dtype)
 
