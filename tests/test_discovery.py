@@ -345,3 +345,16 @@ def test_a_head_that_reads_another_block_is_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModelError, match="does not read the last block"):
         DiscoveredAdapter(Penultimate().eval())
+
+
+@pytest.mark.parametrize("pool", [lambda tokens: tokens.amax(1), lambda tokens: tokens.max(1).values])
+def test_heads_that_pick_tokens_by_their_values_are_refused(pool: Any) -> None:
+    class Picking(Own):
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.stem(images).flatten(2).transpose(1, 2)
+            tokens = torch.cat([self.extra.expand(len(images), -1, -1), tokens], dim=1) + self.places
+            return self.head(pool(self.norm(self.layers(tokens))))
+
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="picks tokens by their values"):
+        DiscoveredAdapter(Picking().eval())

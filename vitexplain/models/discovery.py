@@ -153,31 +153,48 @@ class DiscoveredAdapter(UnknownModelAdapter):
             )
 
     def _measured_pooling(self, images: Tensor) -> Tensor:
-        """(N,), sum 1: the norms of the gradients at the final tokens, all made equal."""
+        """(N,), sum 1: the norms of the gradients at the final tokens, all made equal.
+
+        A head that picks tokens by their values (max pooling) has no such row and is refused; one that weighs them by
+        a learned function of their content, without attention that can be seen, looks like a mean here.
+        """
+        weights = self._head_gradient(images, equal=True).norm(dim=-1)
+        weights = torch.where(weights < 1e-6 * weights.max(), 0.0, weights)
+        unread = self._head_gradient(images, equal=False) == 0
+        partly = unread[weights > 0].any(0) & ~unread[weights > 0].all(0)
+        if partly.any() or not unread[weights == 0].all():
+            raise UnsupportedModelError(
+                "the head picks tokens by their values (as max pooling does), so it has no seed row; methods without "
+                "one need an adapter for this model"
+            )
+        if not weights[2:].any() and weights[:2].all():
+            return torch.tensor([0.5, 0.5] + [0.0] * (len(weights) - 2))  # two heads, averaged
+        return weights / weights.sum()
+
+    def _head_gradient(self, images: Tensor, equal: bool) -> Tensor:
+        """Gradient (N, D), float32 on the CPU, of some direction of the logits at the final tokens.
+
+        Raises:
+            UnsupportedModelError: the head does not read them.
+        """
         leaf: list[Tensor] = []
 
-        def equalise(_: nn.Module, __: Any, output: Any) -> Any:
+        def replace_tokens(_: nn.Module, __: Any, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
             middle = states.flatten(0, 1)[self._tokens // 2]  # a batch of one, so whatever the layout
-            leaf.append(middle.expand_as(states).clone().requires_grad_(True))
+            chosen = middle.expand_as(states) if equal else states
+            leaf.append(chosen.detach().clone().requires_grad_(True))
             return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
 
         with torch.inference_mode(False), torch.enable_grad(), borrowed(self.model), self.prepared():
-            handle = self.blocks[-1].block.register_forward_hook(equalise)
+            handle = self.blocks[-1].block.register_forward_hook(replace_tokens)
             try:
                 logits = self.logits(images).float()
             finally:
                 handle.remove()
-            if not logits.requires_grad:
-                raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
             direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
-            (gradient,) = torch.autograd.grad((logits * direction).sum(), leaf, allow_unused=True)
-        if gradient is None:
+            score = (logits * direction).sum()
+            (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True) if logits.requires_grad else (None,)
+        if gradient is None or not gradient.any():
             raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
-        weights = gradient.flatten(0, 1).float().norm(dim=-1).cpu()
-        weights = torch.where(weights < 1e-4 * weights.max(), 0.0, weights)
-        if not weights.any():
-            raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
-        if not weights[2:].any() and weights[:2].all():
-            return torch.tensor([0.5, 0.5] + [0.0] * (len(weights) - 2))  # two heads, averaged
-        return weights / weights.sum()
+        return gradient.flatten(0, 1).float().cpu()
