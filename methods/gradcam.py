@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vitexplain.capture import Capture
-from vitexplain.method import Method, option
+from vitexplain.method import Method
+from vitexplain.options import option
 from vitexplain.record import Needs
 from vitexplain.registry import register_method
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitexplain.attention import Rows
-from vitexplain.method import ProductMethod, option
+from vitexplain.method import ProductMethod
+from vitexplain.options import option
 from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vitexplain.attention import RowTile, widen
 from vitexplain.capture import Capture
-from vitexplain.method import ResidualMethod, option
+from vitexplain.method import ResidualMethod
+from vitexplain.options import option
 from vitexplain.record import BlockRecord, Needs, State
 from vitexplain.registry import register_method
 

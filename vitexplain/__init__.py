@@ -30,8 +30,9 @@ from .errors import (
 )
 from .explainer import Explainer, Subject, explain_with
 from .explanation import Explanation
-from .method import AttentionMethod, Method, ProductMethod, ResidualMethod, option
+from .method import AttentionMethod, Method, ProductMethod, ResidualMethod
 from .models import ModelAdapter, adapt
+from .options import option
 from .record import BlockRecord, Needs
 from .registry import MethodInfo, create_method, list_methods, method_info, register_method
 

@@ -10,7 +10,7 @@ from .registry import create_method, method_info
 
 if TYPE_CHECKING:
     from .method import Method
-    from .registry import OptionInfo
+    from .options import OptionInfo
 
 
 def configure_methods(names: Sequence[str], options: Sequence[str]) -> list[Method]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from .options import Configurable, option
 from .record import BlockRecord, Needs
 
 if TYPE_CHECKING:
@@ -19,29 +17,8 @@ if TYPE_CHECKING:
     from .registry import MethodInfo
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[Any] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """An option of a method: a dataclass field that knows its meaning and its range.
-
-    Args:
-        default: the value when none is given; its type is the option's type.
-        help: what it does, in one sentence, with its unit.
-        choices: the values it can take; besides numbers, where `minimum` or `maximum` is given too.
-        minimum: smallest number.
-        maximum: largest number.
-    """
-    metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Configurable):
     """Base of all methods. Options are the fields; an instance is one fully configured method.
 
     Attributes:
@@ -49,10 +26,6 @@ class Method(ABC):
     """
 
     info: ClassVar[MethodInfo]
-
-    def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            _check_option(self.info.name, each, getattr(self, each.name))
 
     @property
     def needs(self) -> Needs:
@@ -68,11 +41,6 @@ class Method(ABC):
     def follows_blocks(self) -> bool:
         """Whether attention is followed through several blocks, with these options; else a `layer` is read alone."""
         return self.needs.any_attention and "layer" not in self.options
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options and their values."""
-        return dataclasses.asdict(self)
 
     @abstractmethod
     def attribute(self, capture: Capture) -> Tensor:
@@ -142,36 +110,3 @@ class ResidualMethod(AttentionMethod):
             seed, moved = block.receive(seed) * factor, block.receive(moved) * factor
             moved = moved + self.moved(seed + moved, block)
         return self.read_out(moved, capture)
-
-
-def describe_range(each: dataclasses.Field[Any]) -> str:
-    """What an option can take, in words."""
-    words = [repr(choice) for choice in each.metadata["choices"]]
-    if isinstance(each.default, bool):
-        words += ["True", "False"]
-    elif isinstance(each.default, int | float):
-        limits = [
-            f"{relation} {each.metadata[key]:g}"
-            for key, relation in (("minimum", ">="), ("maximum", "<="))
-            if each.metadata[key] is not None
-        ]
-        kind = "a whole number" if isinstance(each.default, int) else "a number"
-        words.append(" ".join([kind, " and ".join(limits)]).rstrip())
-    elif not words:
-        words.append("text")
-    return " or ".join(words)
-
-
-def _check_option(method: str, each: dataclasses.Field[Any], value: Any) -> None:
-    if not _fits(each.default, value, **{key: each.metadata[key] for key in ("choices", "minimum", "maximum")}):
-        raise OptionError(f"{method}: found {each.name}={value!r}, expected {describe_range(each)}")
-
-
-def _fits(default: Any, value: Any, choices: tuple[Any, ...], minimum: float | None, maximum: float | None) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(value, str) or isinstance(default, str):
-        return value in choices if choices else isinstance(value, str) and isinstance(default, str)
-    if not isinstance(value, int if isinstance(default, int) else (int, float)):
-        return False
-    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)

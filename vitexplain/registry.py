@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 import re
@@ -13,22 +12,13 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from .errors import ExplanationWarning, UnknownNameError
-from .method import Method, describe_range
+from .method import Method
+from .options import OptionInfo, configure, options_of
 
 ENTRY_POINT_GROUP = "vitexplain.methods"
 """Entry-point group in which other distributions name modules that register methods."""
 
 _Class = TypeVar("_Class", bound=type[Method])
-
-
-@dataclass(frozen=True)
-class OptionInfo:
-    """One option of a method: name, default, meaning, and what it can take (in words)."""
-
-    name: str
-    default: Any
-    help: str
-    range: str
 
 
 @dataclass(frozen=True)
@@ -63,10 +53,7 @@ class MethodInfo:
     @property
     def options(self) -> tuple[OptionInfo, ...]:
         """The options, in the order of the method's fields."""
-        return tuple(
-            OptionInfo(each.name, each.default, each.metadata["help"], describe_range(each))
-            for each in dataclasses.fields(self.method)
-        )
+        return options_of(self.method)
 
 
 _methods: dict[str, MethodInfo] = {}
@@ -143,23 +130,19 @@ def create_method(name: str, **options: Any) -> Method:
         UnknownNameError: no such method, or the method has no such option.
         OptionError: a value that an option cannot take.
     """
-    info = method_info(name)
-    known = [each.name for each in info.options]
-    for each in options:
-        if each not in known:
-            raise UnknownNameError.listing(f"option of {info.name}", each, known)
-    return info.method(**options)
+    return configure(method_info(name).method, options)
 
 
 def _lookup(name: str) -> MethodInfo | None:
-    wanted = _squash(name)
+    wanted = squash(name)
     for info in _methods.values():
-        if wanted in map(_squash, (info.name, *info.aliases)):
+        if wanted in map(squash, (info.name, *info.aliases)):
             return info
     return None
 
 
-def _squash(name: str) -> str:
+def squash(name: str) -> str:
+    """A name without what people vary: capitals, spaces, hyphens, underscores."""
     return re.sub(r"[\s_-]", "", name.lower())
 
 

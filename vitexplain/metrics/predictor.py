@@ -1,0 +1,65 @@
+"""The model as metrics see it: logits of many changed images, the model untouched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..borrowing import borrowed
+from ..errors import InputError
+from ..explainer import Subject
+from ..models.adapter import ModelAdapter
+from ..preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A model that is asked about many images.
+
+    Attributes:
+        adapter: the borrowed model.
+        preprocessing: how pictures become its input; None where that is not known.
+        batch_size: images in one forward.
+    """
+
+    adapter: ModelAdapter
+    preprocessing: Preprocessing | None = None
+    batch_size: int = 64
+
+    @classmethod
+    def of(cls, model: nn.Module | ModelAdapter | Subject, batch_size: int = 64) -> Predictor:
+        """Wraps a model; its preprocessing is read from its configuration where it has one."""
+        subject = Subject.of(model)
+        return cls(subject.adapter, subject.preprocessing, batch_size)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Normalised images (n, 3, H, W) to logits (n, C), float32, without a graph.
+
+        Raises:
+            InputError: images that the model does not take.
+        """
+        with torch.no_grad(), borrowed(self.adapter.model):
+            parts = [self.adapter.logits(self.adapter.check_images(part)) for part in inputs.split(self.batch_size)]
+        return torch.cat(parts).float()
+
+    def probabilities(self, inputs: Tensor) -> Tensor:
+        """Softmax of `logits`, (n, C)."""
+        return self.logits(inputs).softmax(1)
+
+    def colour(self, value: float) -> Tensor:
+        """What a grey level in [0, 1] is in the model's input: (3, 1, 1). 0 is black.
+
+        Raises:
+            InputError: the normalisation is not known.
+        """
+        if self.preprocessing is None:
+            raise InputError(
+                "how images are normalised for this model is not known, so a colour cannot be painted: pass a model "
+                "from load_model, or Subject(adapt(model), Preprocessing(…))"
+            )
+        mean, std = (
+            torch.tensor(numbers).view(3, 1, 1) for numbers in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return (value - mean) / std

@@ -1,0 +1,120 @@
+"""Options: dataclass fields that know their meaning and range, and check their values."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from .errors import OptionError, UnknownNameError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """An option of a method or metric: a dataclass field that knows its meaning and its range.
+
+    Args:
+        default: the value when none is given; its type is the option's type.
+        help: what it does, in one sentence, with its unit.
+        choices: the values it can take; besides numbers, where `minimum` or `maximum` is given too.
+        minimum: smallest number.
+        maximum: largest number.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """One option: name, default, meaning, and what it can take (in words)."""
+
+    name: str
+    default: Any
+    help: str
+    range: str
+
+
+@dataclass(frozen=True)
+class Configurable(ABC):
+    """Base of what is configured by options: a frozen dataclass whose fields were made by `option`.
+
+    Attributes:
+        info: what was said at registration, with the name under which it is known.
+    """
+
+    info: ClassVar[Any]
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _check_option(self.info.name, each, getattr(self, each.name))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options and their values."""
+        return dataclasses.asdict(self)
+
+
+_Kind = TypeVar("_Kind", bound=Configurable)
+
+
+def options_of(kind: type[Configurable]) -> tuple[OptionInfo, ...]:
+    """The options of a class, in the order of its fields."""
+    return tuple(
+        OptionInfo(each.name, each.default, each.metadata["help"], describe_range(each))
+        for each in dataclasses.fields(kind)
+    )
+
+
+def configure(kind: type[_Kind], options: dict[str, Any]) -> _Kind:
+    """An instance with these options.
+
+    Raises:
+        UnknownNameError: there is no such option.
+        OptionError: a value that an option cannot take.
+    """
+    known = [each.name for each in dataclasses.fields(kind)]
+    for each in options:
+        if each not in known:
+            raise UnknownNameError.listing(f"option of {kind.info.name}", each, known)
+    return kind(**options)
+
+
+def describe_range(each: dataclasses.Field[Any]) -> str:
+    """What an option can take, in words."""
+    words = [repr(choice) for choice in each.metadata["choices"]]
+    if isinstance(each.default, bool):
+        words += ["True", "False"]
+    elif isinstance(each.default, int | float):
+        limits = [
+            f"{relation} {each.metadata[key]:g}"
+            for key, relation in (("minimum", ">="), ("maximum", "<="))
+            if each.metadata[key] is not None
+        ]
+        kind = "a whole number" if isinstance(each.default, int) else "a number"
+        words.append(" ".join([kind, " and ".join(limits)]).rstrip())
+    elif not words:
+        words.append("text")
+    return " or ".join(words)
+
+
+def _check_option(method: str, each: dataclasses.Field[Any], value: Any) -> None:
+    if not _fits(each.default, value, **{key: each.metadata[key] for key in ("choices", "minimum", "maximum")}):
+        raise OptionError(f"{method}: found {each.name}={value!r}, expected {describe_range(each)}")
+
+
+def _fits(default: Any, value: Any, choices: tuple[Any, ...], minimum: float | None, maximum: float | None) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(value, str) or isinstance(default, str):
+        return value in choices if choices else isinstance(value, str) and isinstance(default, str)
+    if not isinstance(value, int if isinstance(default, int) else (int, float)):
+        return False
+    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
