@@ -41,7 +41,9 @@ class Predictor:
             InputError: images that the model does not take.
         """
         with torch.no_grad(), borrowed(self.adapter.model):
-            parts = [self.adapter.logits(self.adapter.check_images(part)) for part in inputs.split(self.batch_size)]
+            parts = [
+                self.adapter.logits(self.adapter.check_images(part)) for part in torch.split(inputs, self.batch_size)
+            ]
         return torch.cat(parts).float()
 
     def probabilities(self, inputs: Tensor) -> Tensor:
