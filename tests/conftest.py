@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +20,18 @@ from vitexplain import list_methods
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny tensors: threads only contend
+
+
+@pytest.fixture(scope="session")
+def quantus() -> ModuleType:
+    """Quantus, to compare with. It brings its own OpenCV, so `.[test]` leaves it out and `.ci/run` installs it."""
+    if os.environ.get("VITEXPLAIN_PEERS") != "required":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pytest.importorskip("quantus", reason="compared with Quantus where that is installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Quantus and its imports warn of is not ours
+        return importlib.import_module("quantus")
 
 
 @pytest.fixture

@@ -177,8 +177,158 @@ class TestCalling:
 
     def test_the_way_for_slivers_gives_the_same_picture(self, monkeypatch: pytest.MonkeyPatch) -> None:
         usual = np.asarray(self.chosen.view(noise(57, 101))).astype(int)
-        monkeypatch.setattr("vitexplain.preprocessing.MAX_PIXELS", 100)
+        monkeypatch.setattr("vitexplain.geometry.MAX_PIXELS", 100)
         np.testing.assert_allclose(np.asarray(self.chosen.view(noise(57, 101))), usual, atol=1)
+
+
+SIDES = ((40, 90), (91, 37), (24, 24), (13, 50), (7, 5), (300, 11))
+
+
+def nearest(size: tuple[int, int], crop_fraction: float, crop_mode: str) -> Preprocessing:
+    """Pixels are moved and never mixed, so that a painted mask must come out as the mask does."""
+    return Preprocessing(size, HALF, HALF, "nearest", crop_fraction, crop_mode)
+
+
+def blobs(height: int, width: int) -> np.ndarray[Any, Any]:
+    return (np.random.default_rng(height + width).random((height, width)) < 0.4).astype(np.int8)
+
+
+def paint(mask: np.ndarray[Any, Any]) -> Image.Image:
+    return Image.fromarray(np.where(mask == 1, 220, 20).astype(np.uint8)).convert("RGB")
+
+
+class TestMasks:
+    @pytest.mark.parametrize("crop_mode", CROP_MODES)
+    @pytest.mark.parametrize("size", [(32, 32), (24, 36), (50, 21)])
+    @pytest.mark.parametrize("sides", SIDES)
+    def test_a_mask_lies_where_it_was_painted(
+        self, sides: tuple[int, int], size: tuple[int, int], crop_mode: str
+    ) -> None:
+        for crop_fraction in (0.8, 1.0):
+            chosen = nearest(size, crop_fraction, crop_mode)
+            mask = blobs(*sides)
+            seen = np.asarray(chosen.view(paint(mask)))
+            viewed = chosen.view_mask(mask)
+            assert viewed.dtype == np.int8
+            assert viewed.shape == size
+            known = viewed >= 0
+            np.testing.assert_array_equal(seen[known][:, 0], np.where(viewed[known] == 1, 220, 20))
+            # left out is the padding, of which the mean colour tells, and nothing else
+            assert set(np.unique(seen[~known])) <= {128}
+            assert known.all() or crop_mode == "border"
+
+    def test_left_out_stays_left_out(self) -> None:
+        mask = np.full((30, 60), -1, np.int8)
+        mask[:, :30] = 1
+        viewed = nearest((20, 40), 1.0, "squash").view_mask(mask)
+        np.testing.assert_array_equal(viewed, np.repeat([[1] * 20 + [-1] * 20], 20, 0))
+        assert set(np.unique(nearest((20, 20), 1.0, "border").view_mask(np.ones((10, 20), bool)))) == {-1, 1}
+
+    def test_the_upright_picture_counts(self, tmp_path: Path) -> None:
+        mask = np.zeros((40, 90), np.int8)
+        mask[5:20, 50:85] = 1
+        upright = paint(mask)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+        with Image.open(tmp_path / "turned.png") as stored:
+            assert stored.size == (40, 90)
+        chosen = nearest((36, 24), 0.9, "center")
+        seen = np.asarray(chosen.view(tmp_path / "turned.png"))[..., 0]
+        np.testing.assert_array_equal(seen == 220, chosen.view_mask(mask) == 1)
+
+    def test_slivers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen, mask = nearest((24, 36), 0.9, "center"), blobs(57, 101)
+        usual = chosen.view_mask(mask)
+        monkeypatch.setattr("vitexplain.geometry.MAX_PIXELS", 100)
+        np.testing.assert_array_equal(chosen.view_mask(mask), usual)
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            np.full((5, 5), 2),
+            np.full((5, 5), -2),
+            np.full((5, 5), 255, np.uint8),
+            np.zeros((5, 5)),
+            np.zeros((5, 5, 1), int),
+            np.zeros((0, 5), int),
+        ],
+    )
+    def test_other_arrays_are_refused(self, mask: np.ndarray[Any, Any]) -> None:
+        with pytest.raises(InputError, match="found a mask of shape"):
+            nearest((24, 36), 0.9, "center").view_mask(mask)
+
+
+class TestBoxes:
+    @settings(max_examples=150, deadline=None)
+    @given(
+        st.tuples(st.integers(1, 120), st.integers(1, 120)),
+        st.tuples(st.integers(4, 60), st.integers(4, 60)),
+        st.sampled_from([0.6, 0.875, 1.0]),
+        st.sampled_from(CROP_MODES),
+        st.tuples(*[st.floats(0, 1)] * 4),
+    )
+    def test_a_box_lies_where_it_was_painted(
+        self,
+        sides: tuple[int, int],
+        size: tuple[int, int],
+        crop_fraction: float,
+        crop_mode: str,
+        corners: tuple[float, float, float, float],
+    ) -> None:
+        chosen = nearest(size, crop_fraction, crop_mode)
+        height, width = sides
+        x0, x1 = sorted(round(each * width) for each in corners[:2])
+        y0, y1 = sorted(round(each * height) for each in corners[2:])
+        mask = np.zeros(sides, np.int8)
+        mask[y0:y1, x0:x1] = 1
+        painted = chosen.view_mask(mask) == 1
+        viewed = chosen.view_boxes([(x0, y0, x1, y1)], sides)
+        if not painted.any():
+            # what is left of the box holds no pixel's centre
+            assert all(min(right - left, lower - upper) <= 1 for left, upper, right, lower in viewed)
+            return
+        ((left, upper, right, lower),) = viewed
+        rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
+        # a pixel is painted if its centre lies in the box
+        for edge, pixel in ((left, columns[0]), (upper, rows[0])):
+            assert pixel - 0.5 - 1e-6 <= edge <= pixel + 0.5 + 1e-6
+        for edge, pixel in ((right, columns[-1]), (lower, rows[-1])):
+            assert pixel + 0.5 - 1e-6 <= edge <= pixel + 1.5 + 1e-6
+
+    def test_exact_numbers(self) -> None:
+        boxes = [(0, 0, 100, 50), (25, 10, 75, 30), (0, 0, 10, 50), (95, 0, 100, 50)]
+        squashed = nearest((20, 40), 1.0, "squash").view_boxes(boxes, (50, 100))
+        np.testing.assert_allclose(squashed, [(0, 0, 40, 20), (10, 4, 30, 12), (0, 0, 4, 20), (38, 0, 40, 20)])
+        # centre crop to a square keeps columns 25 to 75: the last two boxes are cut away
+        cropped = nearest((50, 50), 1.0, "center").view_boxes(boxes, (50, 100))
+        np.testing.assert_allclose(cropped, [(0, 0, 50, 50), (0, 10, 50, 30)])
+        # fitted into a square, the picture lies between rows 12 and 37
+        framed = nearest((50, 50), 1.0, "border").view_boxes(boxes, (50, 100))
+        np.testing.assert_allclose(framed[:2], [(0, 12, 50, 37), (12.5, 17, 37.5, 27)])
+
+    def test_what_lies_beside_the_picture_is_cut_off(self) -> None:
+        framed = nearest((50, 50), 1.0, "border")
+        np.testing.assert_allclose(framed.view_boxes([(-9, -9, 999, 999)], (50, 100)), [(0, 12, 50, 37)])
+        assert framed.view_boxes([(100, 0, 120, 50)], (50, 100)).shape == (0, 4)
+        assert framed.view_boxes(np.zeros((0, 4)), (50, 100)).shape == (0, 4)
+
+    @pytest.mark.parametrize(
+        ("boxes", "words"),
+        [
+            ([(5, 0, 4, 9)], r"a box \[5.0, 0.0, 4.0, 9.0\], expected x0 <= x1"),
+            ([(0, 0, math.nan, 9)], "finite"),
+            ([(0, 0, 9)], r"shape \(1, 3\)"),
+            ([], r"shape \(0,\)"),
+        ],
+    )
+    def test_other_boxes_are_refused(self, boxes: Any, words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            nearest((24, 36), 0.9, "center").view_boxes(boxes, (50, 100))
+
+    def test_other_sizes_are_refused(self) -> None:
+        with pytest.raises(InputError, match="a picture of size"):
+            nearest((24, 36), 0.9, "center").view_boxes([(0, 0, 1, 1)], (0, 5))
 
 
 @pytest.mark.parity

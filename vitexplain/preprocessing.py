@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from torch import Tensor, nn
 
 from vitexplain.errors import InputError, OptionError, UnsupportedModelError
+from vitexplain.geometry import Placement
 from vitexplain.images import MAX_PIXELS, ImageSource, load_image
 
 __all__ = ["CROP_MODES", "INTERPOLATIONS", "Preprocessing"]
@@ -148,19 +149,45 @@ class Preprocessing:
         """
         in_memory = isinstance(image, Image.Image) and not isinstance(image, ImageFile.ImageFile)
         picture = load_image(image, max_pixels=None if in_memory else MAX_PIXELS)
-        width, height = picture.size
-        scaled_height, scaled_width = (math.floor(side / self.crop_fraction) for side in self.size)
-        if self.crop_mode == "squash":
-            new_height, new_width = scaled_height, scaled_width
-        elif self.crop_mode == "center" and scaled_height == scaled_width:
-            # timm rounds down for square inputs and to nearest for all others
-            shorter = min(width, height)
-            new_height, new_width = (int(scaled_height * side / shorter) for side in (height, width))
-        else:
-            ratios = height / scaled_height, width / scaled_width
-            ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
-            new_height, new_width = (max(1, round(side / ratio)) for side in (height, width))
-        return self._resize_and_crop(picture, new_height, new_width)
+        black_or_mean = self.mean if self.crop_mode == "border" else (0.0, 0.0, 0.0)
+        red, green, blue = (round(255 * value) for value in black_or_mean)
+        placement = self._placement((picture.height, picture.width))
+        return placement.pixels(picture, INTERPOLATIONS[self.interpolation], (red, green, blue))
+
+    def view_mask(self, mask: npt.NDArray[np.integer | np.bool_]) -> npt.NDArray[np.int8]:
+        """Returns what the model sees of a mask, by nearest neighbour.
+
+        Args:
+            mask: (H, W) in the pixels of the upright picture: 1 object, 0 background, -1 left out.
+
+        Returns:
+            int8 (h, w) of `size`, at the same places as in `view`; padding is left out (-1).
+
+        Raises:
+            InputError: another shape, or other values.
+        """
+        if mask.ndim != 2 or not mask.size:
+            raise InputError(f"found a mask of shape {mask.shape}, expected (H, W) with at least one pixel.")
+        return self._placement((mask.shape[0], mask.shape[1])).mask(mask)
+
+    def view_boxes(self, boxes: npt.ArrayLike, picture_size: tuple[int, int]) -> npt.NDArray[np.float64]:
+        """Returns what the model sees of boxes.
+
+        Args:
+            boxes: (n, 4) x0, y0, x1, y1 in pixels of the upright picture, edges exclusive; what lies beside the
+                picture is cut off.
+            picture_size: height and width of that picture in pixels (Pillow's `size`, turned round).
+
+        Returns:
+            float64 (m, 4) in pixels of the input, at the same places as in `view`, clipped to it; boxes that the crop
+            cuts away are left out, the others keep their order.
+
+        Raises:
+            InputError: another shape, numbers that are not finite, or edges in the wrong order.
+        """
+        if len(picture_size) != 2 or min(picture_size) < 1:
+            raise InputError(f"found a picture of size {picture_size}, expected height and width of at least 1.")
+        return self._placement(picture_size).boxes(boxes)
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Prepares one picture or a list of them for the model.
@@ -200,24 +227,21 @@ class Preprocessing:
         picture: npt.NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return picture
 
-    def _resize_and_crop(self, picture: Image.Image, new_height: int, new_width: int) -> Image.Image:
-        height, width = self.size
-        top, left = round((new_height - height) / 2), round((new_width - width) / 2)
-        how = INTERPOLATIONS[self.interpolation]
-        if new_height * new_width > MAX_PIXELS:  # a sliver of a picture: make only the part that is kept
-            down, across = picture.height / new_height, picture.width / new_width
-            right, bottom = min((left + width) * across, picture.width), min((top + height) * down, picture.height)
-            box = (left * across, top * down, right, bottom)
-            return picture.resize((width, height), how, box=box)
-        resized = picture.resize((new_width, new_height), how)
-        if new_height >= height and new_width >= width:
-            return resized.crop((left, top, left + width, top + height))
-        black_or_mean = self.mean if self.crop_mode == "border" else (0.0, 0.0, 0.0)
-        red, green, blue = (round(255 * value) for value in black_or_mean)
-        canvas = Image.new("RGB", (max(width, new_width), max(height, new_height)), (red, green, blue))
-        canvas.paste(resized, (max(0, width - new_width) // 2, max(0, height - new_height) // 2))
-        top, left = round((canvas.height - height) / 2), round((canvas.width - width) / 2)
-        return canvas.crop((left, top, left + width, top + height))
+    def _placement(self, source: tuple[int, int]) -> Placement:
+        """Where a picture of this height and width comes to lie."""
+        height, width = source
+        scaled_height, scaled_width = (math.floor(side / self.crop_fraction) for side in self.size)
+        if self.crop_mode == "squash":
+            resized = scaled_height, scaled_width
+        elif self.crop_mode == "center" and scaled_height == scaled_width:
+            # timm rounds down for square inputs and to nearest for all others
+            shorter = min(width, height)
+            resized = int(scaled_height * height / shorter), int(scaled_height * width / shorter)
+        else:
+            ratios = height / scaled_height, width / scaled_width
+            ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+            resized = max(1, round(height / ratio)), max(1, round(width / ratio))
+        return Placement.centred(source, resized, self.size)
 
     def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         channels_first = np.moveaxis(pixels, -1, -3)

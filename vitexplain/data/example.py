@@ -23,6 +23,7 @@ class Example:
         labels: the model's classes that count as right for this object; empty where the class is not known.
         mask: (H, W) int8 in the pixels of the upright picture: 1 object, 0 background, -1 left out.
         boxes: (n, 4) float64 in the pixels of the upright picture: x0, y0, x1, y1, edges exclusive.
+        size: height and width of the picture in pixels, as the annotation has it; None where it does not say.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Example:
     labels: tuple[int, ...] = ()
     mask: npt.NDArray[np.int8] | None = None
     boxes: npt.NDArray[np.float64] | None = None
+    size: tuple[int, int] | None = None

@@ -1,0 +1,68 @@
+"""Pictures sorted into one folder a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, TargetError, UnknownNameError
+from ..images import find_images
+from ..options import option
+from .catalogue import register_dataset
+from .classes import ModelClasses
+from .entries import Examples, FileEntry
+from .reader import FileReader
+
+
+@register_dataset(
+    "imagefolder",
+    title="One folder a class",
+    source="the layout of ImageNet's training set",
+    gives=("labels",),
+)
+@dataclass(frozen=True)
+class ImageFolder(FileReader):
+    """Pictures sorted into one folder a class.
+
+    ::
+
+        ROOT/CLASS/…/PICTURE
+
+    CLASS is a class of the model: its name (underscores for spaces), WordNet id or index. With ``classes="own"`` the
+    model's classes are the folders in sorted order, whatever their names.
+    """
+
+    classes: str = option(
+        "names",
+        "what a folder's name means: a class of the model, or only its place in sorted order",
+        choices=("names", "own"),
+    )
+
+    def read(self, root: Path, classes: ModelClasses) -> Examples:
+        pictures = [(file, file.relative_to(root)) for file in find_images(root)]
+        loose = [file for file, relative in pictures if len(relative.parts) < 2]
+        if loose:
+            raise InputError(f"{str(loose[0])!r} lies in no class folder; expected:\n\n{self.info.layout}")
+        folders = sorted({relative.parts[0] for _, relative in pictures})
+        if self.classes == "own":
+            labels = {folder: index for index, folder in enumerate(folders)}
+            classes.check(len(folders) - 1, f"{len(folders)} class folders in {str(root)!r}")
+        else:
+            labels = {folder: folder_class(root / folder, classes) for folder in folders}
+        entries = [FileEntry(relative.as_posix(), file, (labels[relative.parts[0]],)) for file, relative in pictures]
+        return self.examples(root, entries)
+
+
+def folder_class(folder: Path, classes: ModelClasses) -> int:
+    """The class that a folder is named after.
+
+    Raises:
+        InputError: there is no such class.
+    """
+    try:
+        return classes.find(folder.name)
+    except (UnknownNameError, TargetError) as error:
+        raise InputError(
+            f"the folder {str(folder)!r} is named after no class of the model: {error}. Rename it, or pass the labels "
+            "of the model"
+        ) from error

@@ -1,0 +1,181 @@
+"""Metric batches of several methods on the same images: one capture and one clean forward serve them all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..api import load_model
+from ..errors import ExplanationWarning, InputError, OptionError, TargetError
+from ..explainer import Subject, explain_with
+from ..explanation import Explanation
+from ..method import Method
+from ..models.adapter import ModelAdapter
+from ..targets import Target, check_length, select_target
+from .metric import MetricBatch
+from .predictor import Predictor
+
+if TYPE_CHECKING:
+    from ..explainer import Images
+    from ..models.loading import LoadedModel
+
+
+@dataclass(frozen=True, eq=False)
+class InformedPredictor(Predictor):
+    """A predictor that has seen one batch already.
+
+    Attributes:
+        inputs: (B, 3, H, W), recognised as this very tensor.
+        clean: (B, C), its logits.
+    """
+
+    inputs: Tensor | None = None
+    clean: Tensor | None = None
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """As of `Predictor`, at no cost for the batch that is known."""
+        if self.clean is not None and inputs is self.inputs:
+            return self.clean
+        return super().logits(inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Annotations:
+    """What is known of n images besides themselves, in pixels of the model's input; see `MetricBatch`.
+
+    Attributes:
+        labels: (n,) int64.
+        masks: (n, H, W) int8.
+        boxes: n tensors (m, 4).
+    """
+
+    labels: Tensor | None = None
+    masks: Tensor | None = None
+    boxes: Sequence[Tensor] | None = None
+
+    @classmethod
+    def of(cls, images: int, labels: Any = None, masks: Any = None, boxes: Any = None) -> Annotations:
+        """From lists, arrays or tensors.
+
+        Raises:
+            InputError: not one an image.
+        """
+        for name, value in (("labels", labels), ("masks", masks), ("boxes", boxes)):
+            if value is not None and len(value) != images:
+                raise InputError(f"found {len(value)} {name} for {images} images, expected one an image")
+        return cls(
+            None if labels is None else torch.as_tensor(labels).to(torch.int64),
+            None if masks is None else torch.stack([torch.as_tensor(each) for each in masks]).to(torch.int8),
+            None if boxes is None else [torch.as_tensor(each).double() for each in boxes],
+        )
+
+    def part(self, rows: slice, device: torch.device) -> dict[str, Any]:
+        """Those of some images, as a `MetricBatch` takes them."""
+        return {
+            "labels": None if self.labels is None else self.labels[rows].to(device),
+            "masks": None if self.masks is None else self.masks[rows].to(device),
+            "boxes": None if self.boxes is None else [each.to(device) for each in self.boxes[rows]],
+        }
+
+
+def metric_batches(
+    methods: Sequence[Method],
+    subject: Subject,
+    images: Images,
+    target: Target = None,
+    *,
+    labels: Sequence[int] | np.ndarray | Tensor | None = None,
+    masks: Sequence[np.ndarray] | np.ndarray | Tensor | None = None,
+    boxes: Sequence[np.ndarray | Tensor] | None = None,
+    batch_size: int = 32,
+    forward_size: int = 64,
+) -> Iterator[tuple[Method, MetricBatch]]:
+    """Explains images and hands out what metrics look at, batch by batch and in each batch method by method.
+
+    Maps that are constant or broken are counted by `measure`, so that no warning is given here.
+
+    Args:
+        methods: configured methods.
+        subject: the model.
+        images: pictures, or normalised input (n, 3, H, W).
+        target: the class explained: None for the predicted one, a class, or n classes.
+        labels: n classes that the images show by annotation.
+        masks: (n, H, W) in pixels of the model's input: 1 object, 0 background, -1 left out.
+        boxes: n arrays (m, 4) of x0, y0, x1, y1 in pixels of the model's input, edges exclusive.
+        batch_size: images in one capture; halved where memory does not suffice.
+        forward_size: images in one forward of the batches' predictor.
+
+    Raises:
+        InputError: annotations of another number than images, or a label that is no class of the model.
+        TargetError: a contrast, a function, or several classes an image.
+        OptionError: a batch size below 1.
+    """
+    if min(batch_size, forward_size) < 1:
+        raise OptionError(f"found batch_size={batch_size}, forward_size={forward_size}, expected whole numbers >= 1")
+    listed: Any = images if isinstance(images, Tensor | list | tuple) else [images]
+    listed = listed[None] if isinstance(listed, Tensor) and listed.ndim == 3 else listed
+    target = one_class(target, len(listed))
+    known = Annotations.of(len(listed), labels, masks, boxes)
+    for start in range(0, len(listed), batch_size):
+        rows = slice(start, start + batch_size)
+        explanations = explain_quietly(methods, subject, listed[rows], select_target(target, rows))
+        inputs, logits, targets = explanations[0].inputs, explanations[0].logits.float(), explanations[0].targets
+        predictor = InformedPredictor(subject.adapter, subject.preprocessing, forward_size, inputs, logits)
+        annotations = known.part(rows, logits.device)
+        _check_labels(annotations["labels"], logits.shape[1])
+        for method, explanation in zip(methods, explanations, strict=True):
+            explain = explaining(method, subject, batch_size)
+            yield method, MetricBatch(explanation.scores, targets, inputs, predictor, explain=explain, **annotations)
+
+
+def subject_of(model: nn.Module | ModelAdapter | Subject | LoadedModel | str) -> Subject:
+    """The subject of a model, of what `load_model` returned, or of a name that it takes."""
+    if isinstance(model, str):
+        model = load_model(model)
+    return Subject.of(model) if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject
+
+
+def explaining(method: Method, subject: Subject, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of inputs (b, 3, H, W) and targets (b,) to scores (b, h, w)."""
+
+    def explain(inputs: Tensor, targets: Tensor) -> Tensor:
+        return explain_quietly([method], subject, inputs, targets, batch_size)[0].scores
+
+    return explain
+
+
+def explain_quietly(
+    methods: Sequence[Method], subject: Subject, images: Images, target: Target, batch_size: int | None = None
+) -> list[Explanation]:
+    """`explain_with`, without warnings of constant and broken maps: what measures maps counts them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        return explain_with(methods, subject, images, target, batch_size=batch_size)
+
+
+def one_class(target: Target, images: int) -> Target:
+    """The target, if it names no more than one class an image.
+
+    Raises:
+        TargetError: it does, or has another length.
+    """
+    if isinstance(target, Sequence) and not isinstance(target, tuple | str):
+        target = list(target)  # type: ignore[assignment]
+    if target is None or (not isinstance(target, tuple) and not callable(target) and np.ndim(target) < 2):
+        check_length(target, images)
+        return target
+    raise TargetError("metrics measure one map an image; expected None (the predicted class), a class, or one an image")
+
+
+def _check_labels(labels: Tensor | None, classes: int) -> None:
+    if labels is not None and bool(((labels < 0) | (labels >= classes)).any()):
+        raise InputError(
+            f"found labels from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}: the model has "
+            f"{classes} classes"
+        )

@@ -1,0 +1,93 @@
+"""In which order a map's pixels are changed: upsampling, and a ranking that is the same on every machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+ORDERS = ("bilinear", "nearest", "patches")
+"""Pixels by the map between patch centres; pixels by the map of visible patches; whole patches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Which pixels come first.
+
+    Attributes:
+        ranks: (B, H, W) int32, 0 for what comes first; each pixel has its own, or each patch.
+        count: how many ranks there are: pixels H·W, or patches P.
+    """
+
+    ranks: Tensor
+    count: int
+
+    def bounds(self, parts: int) -> list[int]:
+        """Ranks that cut all of them into equal parts: parts + 1 numbers from 0 to `count`, rounded down.
+
+        Raises:
+            InputError: there are more parts than ranks.
+        """
+        if parts > self.count:
+            raise InputError(
+                f"found {self.count} patches or pixels to rank, expected at least {parts}, one a step: take fewer steps"
+            )
+        return [self.count * part // parts for part in range(parts + 1)]
+
+
+def salience(scores: Tensor, size: tuple[int, int], order: str) -> Tensor:
+    """Scores at pixels, each map scaled to [0, 1]; an increasing function of the scores wherever they are constant.
+
+    Patches with equal scores give exactly equal pixels between them: rounded sums would rank a plateau by chance.
+
+    Args:
+        scores: (B, h, w), finite.
+        size: pixels (H, W).
+        order: one of `ORDERS`; bilinear has corners not aligned, the others take the nearest patch.
+
+    Returns:
+        (B, H, W) float32 on the device of the scores; 0 for a constant map.
+    """
+    wide = scores.detach().double()
+    low, high = wide.amin((1, 2), keepdim=True), wide.amax((1, 2), keepdim=True)
+    unit = ((wide - low) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)).float()
+    if order != "bilinear":
+        return _nearest(unit, size)
+    # float32 values weighted in float64 and rounded back: equal neighbours come out as they went in
+    return F.interpolate(unit.double()[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].float()
+
+
+def rank_pixels(scores: Tensor, size: tuple[int, int], order: str, *, most_relevant_first: bool = True) -> Ranking:
+    """The order of the pixels of B maps. Equal ones go row by row from the top left, in either direction.
+
+    Args:
+        scores: (B, h, w), finite.
+        size: pixels (H, W).
+        order: one of `ORDERS`.
+        most_relevant_first: highest score first; else lowest first.
+    """
+    if order == "patches":
+        ranks = rank(scores.flatten(1), most_relevant_first).reshape(scores.shape)
+        return Ranking(_nearest(ranks, size), ranks[0].numel())
+    pixels = salience(scores, size, order)
+    return Ranking(rank(pixels.flatten(1), most_relevant_first).reshape(pixels.shape), pixels[0].numel())
+
+
+def rank(values: Tensor, most_relevant_first: bool = True) -> Tensor:
+    """Ranks (B, n) int32 of values (B, n), each row by itself; the first of equal values comes first."""
+    order = values.argsort(dim=1, descending=most_relevant_first, stable=True)
+    places = torch.arange(values.shape[1], dtype=torch.int32, device=values.device).expand_as(order)
+    return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places)
+
+
+def _nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, h, w) to (B, H, W) of any dtype: each pixel takes the patch that its centre lies in."""
+    rows, columns = (
+        (2 * torch.arange(pixels, device=values.device) + 1) * patches // (2 * pixels)
+        for pixels, patches in zip(size, values.shape[-2:], strict=True)
+    )
+    return values[:, rows][:, :, columns]
