@@ -13,10 +13,14 @@ import torch
 from torch import nn
 
 from vitexplain import get_explainer
+from vitexplain.bench import read_configuration
 from vitexplain.benchmarks import measuring, memory, speed
 from vitexplain.benchmarks.memory import Peak
 from vitexplain.benchmarks.speed import Times
+from vitexplain.data import dataset_info
+from vitexplain.metrics import metric_info
 
+CONFIGURATIONS = Path(__file__).parents[1] / "benchmarks" / "configurations"
 TINY = "vit_tiny_patch16_224"
 SIZE = 48
 
@@ -250,3 +254,12 @@ def test_speed_driver_refuses_no_rounds(capsys):
     with pytest.raises(SystemExit):
         speed.main(["--rounds", "0"])
     assert "--rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_understood(path: Path) -> None:
+    configuration = read_configuration(path)
+    dataset = dataset_info(configuration.data.format)
+    assert set(configuration.data.options) <= {each.name for each in dataset.options}
+    requires = frozenset[str]().union(*(metric_info(each.name).requires for each in configuration.metrics))
+    assert requires & {"masks", "boxes", "labels"} <= set(dataset.gives)

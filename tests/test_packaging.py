@@ -37,9 +37,9 @@ NOT_AT_IMPORT = {
     "typer",
 }
 # Distributions whose import name is another.
-IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL"}
+IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # Never required, only used where they are: with the user's own model, in a notebook, or brought by timm and captum.
-BORROWED = {"IPython", "matplotlib", "torchvision", "transformers"}
+BORROWED = {"IPython", "pandas", "torchvision", "transformers"}
 
 
 def setup_cfg() -> configparser.ConfigParser:

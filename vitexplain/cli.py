@@ -16,6 +16,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from .bench.command import EXAMPLES, bench_command
 from .errors import ExplanationWarning, UnknownNameError, VitExplainError
 
 EXIT_SOME_FAILED = 1
@@ -210,6 +211,9 @@ def models(
         raise UnknownNameError(
             f"no model that can be explained matches {pattern!r}; `vitexplain models` lists them all"
         )
+
+
+app.command("bench", epilog=EXAMPLES)(bench_command)
 
 
 @train_app.command("classifier", epilog="[b]Example[/b]\n\nvitexplain train classifier --output scenes.safetensors")

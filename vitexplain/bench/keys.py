@@ -1,0 +1,53 @@
+"""Keys: digests of everything that determines a stored result, so that nothing else is ever taken for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.example import Example
+
+LAYOUT_VERSION = 1
+"""Part of every key; raised when the same settings come to mean other stored values."""
+
+_BLOCK = 1 << 20
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 (64 hexadecimal digits) of plain JSON values; the order of mappings does not matter."""
+    text = json.dumps([LAYOUT_VERSION, *parts], sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed for a random generator, 0 to 2⁶³-1: the same for the same parts, in every process."""
+    return int(digest("seed", *parts)[:16], 16) >> 1
+
+
+def example_digest(example: Example) -> str:
+    """Digest of an example's content: name, picture, classes, mask and boxes; where the file lies does not count."""
+    sha = hashlib.sha256(json.dumps([example.name, list(example.labels)]).encode())
+    if isinstance(example.image, Path):
+        _add_file(sha, example.image)
+    else:
+        sha.update(f"{example.image.mode}{example.image.size}".encode())
+        sha.update(example.image.tobytes())
+    for name in ("mask", "boxes"):
+        array = getattr(example, name)
+        if array is not None:
+            sha.update(f"{name}{array.dtype}{array.shape}".encode())
+            sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def _add_file(sha: Any, path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                sha.update(block)
+    except OSError as error:  # the image is reported as unreadable when it is to be loaded
+        sha.update(f"unreadable: {type(error).__name__}".encode())
