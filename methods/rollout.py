@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from vitexplain.attention import Rows
+from vitexplain.fusion import FUSE, Fusion
 from vitexplain.method import ProductMethod
 from vitexplain.options import option
-from vitexplain.record import BlockRecord
+from vitexplain.record import BlockRecord, Needs
 from vitexplain.registry import register_method
-
-_FUSE: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
 
 @register_method(
@@ -35,7 +34,8 @@ class Rollout(ProductMethod):
     with s the seed row and α = 0.5: the same as rownorm(A + I). Scores (B, N) >= 0, sum 1 for mean fusion.
     `head_fusion`, `discard_ratio` and `normalisation="column"` are those of the public vit-explain code, whose
     normalisation divides each column j by the sum of row j; `"row"` makes every factor a stochastic matrix, as in
-    the paper. `discard_ratio` needs one block's fused N×N attention at a time; otherwise only row tiles are held.
+    the paper. `discard_ratio` needs one block's fused N×N attention at a time; otherwise only row tiles are held, or,
+    where tokens are so few that it takes less than queries and keys, one fused matrix a block (`vitexplain.fusion`).
     """
 
     head_fusion: str = option("mean", "how the heads of a block become one matrix", choices=("mean", "max", "min"))
@@ -43,9 +43,14 @@ class Rollout(ProductMethod):
     residual: float = option(0.5, "weight of the skip connection against attention", minimum=0, maximum=0.99)
     normalisation: str = option("row", "what is divided by the row sums", choices=("row", "column"))
 
+    @property
+    def needs(self) -> Needs:
+        """One matrix of every block from `start_layer` on, its heads fused."""
+        return replace(super().needs, fusion=cast("Fusion", self.head_fusion))
+
     def block_update(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · Â of this block."""
-        fuse = _FUSE[self.head_fusion]
+        fuse = FUSE[self.head_fusion]
         if self.discard_ratio == 0 and self.normalisation == "row":
             if self.head_fusion == "mean" and block.operands.stochastic:  # a mean of distributions is one
                 product = block.propagate(row, lambda tile: tile.attention).mean(1)

@@ -11,7 +11,7 @@ from vitexplain.attention import RowTile, widen
 from vitexplain.capture import Capture
 from vitexplain.method import ResidualMethod
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Needs, State
+from vitexplain.record import BlockRecord, Change, Needs, State
 from vitexplain.registry import register_method
 
 from .generic_attention import positive_gradient_attention
@@ -62,29 +62,42 @@ class TokenTM(ResidualMethod):
 
     @property
     def needs(self) -> Needs:
-        """Attention, its gradient, and the states on both sides of both branches."""
-        states: set[State] = {"in", "mid", "out" if self.transformation == "residual" else "mlp"}
-        return Needs(attention_gradient=True, states=frozenset(states), from_block=self.start_layer)
+        """Attention, its gradient, the block input, and how tokens change in both branches."""
+        changes: set[tuple[State, State]] = set()
+        if self.feed_forward:
+            changes.add(self._feed_forward)
+        if self.transformation == "residual":
+            changes.add(("in", "mid"))
+        return Needs(
+            attention_gradient=True,
+            states=frozenset({"in"}),
+            changes=frozenset(changes),
+            from_block=self.start_layer,
+        )
+
+    @property
+    def _feed_forward(self) -> tuple[State, State]:
+        """The states that the transformation by the feed-forward branch compares."""
+        return "mid", "out" if self.transformation == "residual" else "mlp"
 
     def factor(self, block: BlockRecord) -> Tensor | float:
         """The diagonal of U_FFN."""
         if not self.feed_forward:
             return 1.0
-        after = block.state("out" if self.transformation == "residual" else "mlp")
-        return 1 + self._weight(block.state("mid"), after)
+        return 1 + self._weight(block.change(*self._feed_forward))
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · (U_MHSA - I)."""
         if self.transformation == "residual":
-            return block.propagate(row, _product_of_means) * self._weight(block.state("in"), block.state("mid"))
+            return block.propagate(row, _product_of_means) * self._weight(block.change("in", "mid"))
         return (block.propagate(row, positive_gradient_attention) * self._head_weight(block)).mean(1)
 
     def read_out(self, row: Tensor, capture: Capture) -> Tensor:
         """`row` · C⁰."""
         return row * capture.blocks[self.start_layer].state("in").norm(dim=2) if self.initialisation else row
 
-    def _weight(self, before: Tensor, after: Tensor) -> Tensor:
-        return self._combine(before.norm(dim=-1), after.norm(dim=-1), (before * after).sum(-1))
+    def _weight(self, change: Change) -> Tensor:
+        return self._combine(change.before, change.after, change.product)
 
     def _head_weight(self, block: BlockRecord) -> Tensor:
         """Weights (B, H, N) of the transformation by each head, without a (B, H, N, D) tensor."""

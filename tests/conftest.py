@@ -68,11 +68,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     by_family = "family" in metafunc.fixturenames
     marked = metafunc.definition.get_closest_marker
     families = EXACT_STATES if marked("exact_states") else sorted(TIMM if marked("timm_families") else all_families())
+    methods = list_methods(trainable=False if marked("needs_no_training") else None)
     if by_method and by_family:
-        pairs = [(m, f) for m in list_methods() for f in families if (m, f) not in NOT_DEFINED]
+        pairs = [(m, f) for m in methods for f in families if (m, f) not in NOT_DEFINED]
         metafunc.parametrize(("method", "family"), pairs)
     elif by_method:
-        metafunc.parametrize("method", list_methods())
+        metafunc.parametrize("method", methods)
     elif by_family:
         metafunc.parametrize("family", families)
 

@@ -32,10 +32,11 @@ class Trace:
         state_gradient: gradient of "attention_input".
         values: (H, N, dh) a block.
         seed: (N,) how the head reads the final tokens.
+        target: the class.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, target: int, seed: Tensor) -> None:
-        self.model, self.seed = model, seed.double()
+        self.model, self.seed, self.target = model, seed.double(), target
         self.states: list[dict[str, Tensor]] = [{} for _ in model.blocks]
         attention: list[Tensor] = []
         values: list[Tensor] = []
@@ -172,3 +173,21 @@ def tokentm(
         forward = torch.diag(1 + weight(states["mid"], after)) if feed_forward else identity
         everything, own = forward @ (identity + update) @ everything, forward @ own
     return trace.seed @ (everything - own)
+
+
+@reference("pm")
+def pm(trace: Trace, score: str = "probability") -> Tensor:
+    """The head on one token at a time, as if it were the only one; probabilities written out in exponentials."""
+    model, scores = trace.model, []
+    for token in trace.states[-1]["out"]:
+        read = model.fc_norm(model.norm(token)) if hasattr(model, "fc_norm") else model.norm(token)
+        heads = [model.head, *([model.head_dist] if hasattr(model, "head_dist") else [])]
+        scores.append(sum(head(read) for head in heads) / len(heads))
+    logits = torch.stack(scores).detach()
+    patches = logits[model.num_prefix_tokens :].exp()
+    exponential = logits.exp()[:, trace.target]
+    if score == "logit":
+        return logits[:, trace.target]
+    if score == "joint":
+        return exponential / patches.sum()
+    return exponential / (1 + (exponential if score == "probability" else logits.exp().sum(1)))

@@ -13,8 +13,9 @@ from families import all_families, make_images, make_model
 from references import REFERENCES, Trace
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from trained import get_explainer
 
-from vitexplain import get_explainer, list_methods, method_info
+from vitexplain import create_method, list_methods, method_info
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 
@@ -32,6 +33,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "generic_attention": [{}, {"start_layer": 2}],
     "gradcam": [{}, {"layer": 0, "relu": False}, {"relu": False}],
+    "pm": [{}, {"score": "background"}, {"score": "joint"}, {"score": "logit"}],
     "tokentm": [
         {},
         {"transformation": "literal"},
@@ -46,12 +48,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def test_every_method_has_a_reference_and_options_to_try() -> None:
-    assert set(REFERENCES) == set(list_methods()) == set(OPTIONS)
+    assert set(REFERENCES) == set(list_methods(trainable=False)) == set(OPTIONS)
     for name, tried in OPTIONS.items():
         untried = {each.name for each in method_info(name).options} - {key for options in tried for key in options}
         assert not untried, f"options of {name} that no reference test varies: {untried}"
 
 
+@pytest.mark.needs_no_training  # methods that learn have their references in their own tests
 @pytest.mark.exact_states
 def test_method_equals_its_reference(method: str, family: str) -> None:
     # float64 on both sides: what is left is the algorithm
@@ -113,9 +116,10 @@ def test_maps_known_on_paper(paper_model: nn.Module, target: int) -> None:
         "rollout": attention / 2,
         "generic_attention": attention * positive,
         "gradcam": (FEATURES @ gradient.mean(0)).clamp(min=0),
+        "pm": (FEATURES + gathered)[:, target].sigmoid(),  # every token attends alike, and the head is the identity
         "tokentm": attention * positive * direction * FEATURES.norm(dim=1),
     }
-    assert set(expected) == set(list_methods())
+    assert set(expected) == set(list_methods(trainable=False))
     for method, scores in expected.items():
         explanation = get_explainer(method, paper_model)(image, target)
         torch.testing.assert_close(explanation.logits[0], gathered, rtol=1e-5, atol=1e-6)
@@ -163,7 +167,9 @@ def test_a_target_that_no_patch_moves_gives_zeros_and_a_warning() -> None:
     model = make_model("cls")
     with torch.no_grad():
         model.head.weight[2] = 0.0
-    for method in list_methods(class_specific=True):
+    for method in list_methods(class_specific=True, trainable=False):
+        if not create_method(method).needs.gradient:  # those say what a patch is, not what moves the target
+            continue
         with pytest.warns(ExplanationWarning, match=f"{method} gave a constant map for images .0, 1."):
             explanation = get_explainer(method, model)(make_images("cls"), 2)
         assert not explanation.scores.any()

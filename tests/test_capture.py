@@ -296,4 +296,32 @@ def test_the_union_of_needs_asks_for_all() -> None:
     union = Needs(attention=True, from_block=2) | Needs(states=frozenset({"in"}), from_block=1)
     assert union == Needs(attention=True, states=frozenset({"in"}), from_block=1)
     assert not union.gradient
-    assert True
+
+
+def test_the_union_of_needs_keeps_a_fusion_that_all_share() -> None:
+    mean, states = Needs(attention=True, fusion="mean"), Needs(states=frozenset({"in"}))
+    assert (mean | mean).fusion == (mean | states).fusion == (states | mean).fusion == "mean"
+    assert (mean | Needs(attention=True)).fusion is None
+    assert (mean | Needs(attention=True, fusion="max")).fusion is None
+    assert (mean | Needs(attention_gradient=True)).fusion is None
+
+
+@pytest.mark.parametrize("name", ["cls", "mean_pooled", "hf_vit"])  # without a module for the branch, too
+def test_changes_are_those_of_the_states_which_are_let_go(name: str) -> None:
+    model, images = make_model(name), make_images(name)
+    pairs: frozenset[Any] = frozenset({("in", "mid"), ("mid", "mlp"), ("mid", "out")})
+    with Capture(model, EVERYTHING) as whole:
+        whole.forward(images)
+    with Capture(model, Needs(states=frozenset({"in"}), changes=pairs)) as capture:
+        capture.forward(images)
+    for block, expected in zip(capture.blocks, whole.blocks, strict=True):
+        for before, after in pairs:
+            change, states = block.change(before, after), (expected.state(before), expected.state(after))
+            torch.testing.assert_close(change.before, states[0].norm(dim=2))
+            torch.testing.assert_close(change.after, states[1].norm(dim=2))
+            torch.testing.assert_close(change.product, torch.einsum("bnd,bnd->bn", *states), rtol=1e-4, atol=1e-4)
+        assert set(block._states) == {"in"}
+        with pytest.raises(CaptureError, match="no record of token state 'mlp'"):
+            block.state("mlp")
+    with pytest.raises(CaptureError, match=r"no record of the change from .*changes=\{\('in', 'mid'\)\}"):
+        whole.blocks[0].change("in", "mid")

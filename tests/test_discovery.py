@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from discovered import DISCOVERED, SQUARE, Own
 from families import make_images, make_model
+from test_contract import LowRank
 from torch import Tensor, nn
 
 from vitexplain import Capture, InputError, Needs, UnsupportedModelError, adapt, get_explainer
@@ -358,3 +359,233 @@ def test_heads_that_pick_tokens_by_their_values_are_refused(pool: Any) -> None:
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModelError, match="picks tokens by their values"):
         DiscoveredAdapter(Picking().eval())
+
+
+class InlineBlock(nn.Module):
+    """A block that computes attention in its own forward; where and how it normalises is the `kind`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.before, self.after = kind, nn.LayerNorm(24), nn.LayerNorm(24)
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.feed_forward = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24))
+        if kind == "apart":
+            self.q, self.k, self.v = (nn.Linear(24, 24) for _ in range(3))
+        self.normal: list[Tensor] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.kind == "module":
+            normal = self.before(tokens)
+        else:
+            normal = F.layer_norm(tokens, (24,), self.before.weight, self.before.bias)
+        self.normal.append(normal)
+        q, k, v = (
+            [self.q(normal), self.k(normal), self.v(normal)] if self.kind == "apart" else self.qkv(normal).chunk(3, -1)
+        )
+        q, k, v = (each.unflatten(-1, (3, 8)).transpose(1, 2) for each in (q, k, v))
+        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return tokens + self.feed_forward(self.after(tokens))
+
+
+def inline(kind: str) -> Own:
+    torch.manual_seed(0)
+    model = Own()
+    model.layers = nn.Sequential(*[InlineBlock(kind) for _ in range(3)])
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["module", "functional"])
+def test_the_attention_input_is_found_where_the_block_itself_computes_attention(kind: str) -> None:
+    model, images = inline(kind), make_images("own")
+    get_explainer("gradcam", model)  # which looks at the model, and so calls it
+    for block in model.layers:
+        block.normal.clear()
+    score = model(images)[:, 2].sum()
+    expected = [block.normal[0] for block in model.layers]
+    gradients = torch.autograd.grad(score, expected)
+    with Capture(model, Needs(state_gradients=frozenset({"attention_input"}))) as capture:
+        capture.backward(capture.forward(images)[:, 2].sum())
+    for block, state, gradient in zip(capture.blocks, expected, gradients, strict=True):
+        torch.testing.assert_close(block.state("attention_input"), state.detach())
+        torch.testing.assert_close(block.state_gradient("attention_input"), gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_an_attention_input_that_no_module_shows_is_refused() -> None:
+    model, images = inline("apart"), make_images("own")
+    with pytest.raises(UnsupportedModelError, match=r"block 2 \(InlineBlock\), so gradcam cannot read it; use generic"):
+        get_explainer("gradcam", model)
+    assert get_explainer("generic_attention", model)(images, 1).scores.shape == (2, 4, 6)
+
+
+def test_a_norm_that_all_blocks_share_is_not_taken_for_one_of_a_block() -> None:
+    model, images = inline("module"), make_images("own")
+    for block in model.layers:
+        block.before = model.layers[0].before
+    with Capture(model, Needs(states=frozenset({"attention_input"}))) as capture:
+        capture.forward(images)
+    for block, record in zip(model.layers, capture.blocks, strict=True):
+        torch.testing.assert_close(record.state("attention_input"), block.normal[-1])
+
+
+class SingleHead(nn.Module):
+    """Attention on tensors of three axes: one head (B, N, D), or all heads beside the images (B·H, N, dh)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.qkv, self.out = kind, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, query: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        q, k, v = self.qkv(query).chunk(3, -1)
+        if self.kind == "single":
+            return self.out(F.scaled_dot_product_attention(q, k, v)), None
+        q, k, v = (self.stacked(each) for each in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        if self.kind == "heads first":
+            mixed = mixed.unflatten(0, (3, len(query))).transpose(0, 1)
+        else:
+            mixed = mixed.unflatten(0, (len(query), 3))
+        return self.out(mixed.transpose(1, 2).flatten(2)), None
+
+    def stacked(self, state: Tensor) -> Tensor:
+        heads = state.unflatten(-1, (3, 8)).transpose(1, 2)
+        return (heads.transpose(0, 1) if self.kind == "heads first" else heads).flatten(0, 1)
+
+
+def with_attention(kind: str) -> Own:
+    torch.manual_seed(0)
+    model = Own()
+    for block in model.layers:
+        block.attention = SingleHead(kind)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("single", 1), ("stacked", 3)])
+def test_fused_attention_on_three_axes_is_read(kind: str, heads: int) -> None:
+    model, images = with_attention(kind), make_images("own")
+    states = frozenset({"in", "attention_input", "mid"})
+    with Capture(model, Needs(attention_gradient=True, states=states)) as capture:
+        logits = capture.forward(images)
+        capture.backward(logits[:, 1].sum())
+    torch.testing.assert_close(logits.detach(), model(images).detach())
+    for own, block in zip(model.layers, capture.blocks, strict=True):
+        q, k, _ = (
+            each.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for each in own.attention.qkv(block.state("attention_input")).chunk(3, -1)
+        )
+        expected = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        torch.testing.assert_close(block.attention(), expected.detach())
+        assert block.attention_gradient().shape == (2, heads, 27, 27)
+        update = (block.attention() @ block.operands.v @ block.output_weight).sum(1) + own.attention.out.bias
+        torch.testing.assert_close(block.state("mid") - block.state("in"), own.scale * update, rtol=1e-3, atol=1e-5)
+
+
+def test_fused_attention_that_would_mix_images_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="mixes images"):
+        DiscoveredAdapter(with_attention("heads first"))
+
+
+def test_attention_on_other_axes_is_named() -> None:
+    class FiveAxes(SingleHead):
+        def forward(self, query: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+            q, k, v = (each[:, None, None] for each in self.qkv(query).chunk(3, -1))
+            return self.out(F.scaled_dot_product_attention(q, k, v)[:, 0, 0]), None
+
+    model = Own().eval()
+    for block in model.layers:
+        block.attention = FiveAxes("single")
+    with pytest.raises(UnsupportedModelError, match=r"on values of 5 axes .*; expected .B, H, N, dh."):
+        DiscoveredAdapter(model)
+
+
+def low_rank(model: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, str, LowRank]]:
+    """Puts LoRA layers in the place of linear ones; gives where."""
+    placed = []
+    for parent in list(model.modules()):
+        for name in names:
+            if isinstance(getattr(parent, name, None), nn.Linear):
+                placed.append((parent, name, LowRank(getattr(parent, name))))
+                setattr(parent, name, placed[-1][2])
+    return placed
+
+
+@pytest.mark.parametrize(
+    ("build", "names", "layers"),
+    [
+        (lambda: make_model("hf_vit"), ("q_proj", "v_proj", "o_proj"), 9),
+        (lambda: inline("module"), ("qkv", "out"), 6),
+    ],
+)
+@pytest.mark.parametrize("transformation", ["value", "literal"])
+@pytest.mark.parametrize("trained_later", [False, True])
+def test_low_rank_adapters_count_in_models_found_out(
+    build: Any, names: tuple[str, ...], layers: int, transformation: str, trained_later: bool
+) -> None:
+    """LoRA layers are explained like the same layers merged, also where they did nothing yet when they were found."""
+    merged, adapted, images = build(), build(), make_images("hf_vit")
+    if hasattr(adapted, "normal"):
+        adapted.normal.clear()
+    placed = low_rank(adapted, names)
+    assert len(placed) == layers
+    ups = [layer.up.detach().clone() for _, _, layer in placed]
+    if trained_later:
+        for _, _, layer in placed:
+            nn.init.zeros_(layer.up)
+    explainer = get_explainer("tokentm", adapted.eval(), transformation=transformation)
+    same = dict(zip((id(module) for module in adapted.modules()), adapted.named_modules(), strict=True))
+    with torch.no_grad():
+        for (parent, name, layer), up in zip(placed, ups, strict=True):
+            layer.up.copy_(up)
+            merged.get_submodule(f"{same[id(parent)][0]}.{name}").weight += up @ layer.down
+    expected = get_explainer("tokentm", merged, transformation=transformation)(images, 1).scores
+    torch.testing.assert_close(explainer(images, 1).scores, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stem", [torch.bfloat16, torch.float64])
+def test_images_come_in_the_precision_of_the_first_layer(stem: torch.dtype) -> None:
+    class Mixed(Own):
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.dtype == self.stem.weight.dtype
+            tokens = self.stem(images).to(self.extra).flatten(2).transpose(1, 2)
+            tokens = torch.cat([self.extra.expand(len(images), -1, -1), tokens], dim=1) + self.places
+            return self.head(self.norm(self.layers(tokens)).mean(1))
+
+    torch.manual_seed(0)
+    model, images = Mixed().eval(), make_images("own").bfloat16()
+    expected = get_explainer("tokentm", model)(images.float(), 1).scores
+    model.stem.to(stem)
+    assert next(model.parameters()).dtype == torch.float32
+    for method in ("tokentm", "gradcam"):
+        assert get_explainer(method, model)(images, 1).scores.isfinite().all()
+    tolerance = 0.05 if stem == torch.bfloat16 else 1e-4
+    found = get_explainer("tokentm", model)(images, 1).scores
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_texts_are_encoded_by_a_borrowed_model() -> None:
+    class Encoder(Own):
+        image_size = (32, 48)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale, self.dropout = nn.Parameter(torch.tensor(2.0)), nn.Dropout(0.5)
+
+        def encode_image(self, images: Tensor) -> Tensor:
+            return Own.forward(self, images)
+
+        def encode_text(self, tokens: Tensor) -> Tensor:
+            return self.dropout(F.one_hot(tokens, 7).float() @ self.head.weight @ self.head.weight.T + 1)
+
+    torch.manual_seed(0)
+    encoder, tokens = Encoder().train(), torch.tensor([0, 3, 5])
+    encoder.head.eval()
+    modes = [module.training for module in encoder.modules()]
+    with torch.inference_mode():
+        model = ImageTextModel.from_texts(encoder, ["a", "b", "c"], lambda _: tokens)
+    assert [module.training for module in encoder.modules()] == modes
+    expected = F.normalize(encoder.eval().encode_text(tokens), dim=-1).detach()
+    torch.testing.assert_close(model.text_embeddings, expected)
+    model.image_size = (32, 48)
+    images = make_images("own").requires_grad_(True)
+    model(images)[:, 1].sum().backward()  # the embeddings take part in a graph
+    assert images.grad is not None
+    assert get_explainer("generic_attention", model)(make_images("own"), 1).scores.shape == (2, 4, 6)

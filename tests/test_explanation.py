@@ -234,3 +234,24 @@ def test_warnings_count_images_over_all_batches() -> None:
 def test_everything_discarded_gives_zeros_not_nan() -> None:
     explainer = get_explainer("rollout", make_model("cls"), residual=0.0, discard_ratio=0.99)
     assert explainer(make_images("cls")).scores.isfinite().all()
+
+
+def test_warnings_point_at_the_line_that_asked() -> None:
+    from vitexplain import ExplanationWarning, Subject, create_method, explain_with
+
+    model, images = make_model("cls"), make_images("cls")
+    with torch.no_grad():
+        model.head.weight[2] = 0.0
+    explainer, method = get_explainer("generic_attention", model), create_method("generic_attention")
+    doors = [
+        lambda: explainer(images, 2),
+        lambda: explainer(images, 2, batch_size=1),
+        lambda: explainer.attribute(images, 2),
+        lambda: explainer.attribute((images,), 2),
+        lambda: explain_with([method], Subject.of(model), images, 2),
+    ]
+    for door in doors:
+        with pytest.warns(ExplanationWarning, match="constant map") as caught:
+            door()
+        line = door.__code__.co_firstlineno
+        assert {(each.filename, each.lineno) for each in caught} == {(__file__, line)}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from discovered import Own
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,6 +30,7 @@ from vitexplain import (
 )
 from vitexplain.data import scenes
 from vitexplain.models import hub
+from vitexplain.models.discovery import DiscoveredAdapter
 from vitexplain.models.embedded import SCENES_ARCHITECTURE, build_model, load_checkpoint
 from vitexplain.models.labels import find_class, read_labels
 from vitexplain.models.loading import list_models, load_model
@@ -228,6 +230,23 @@ class TestNames:
         for name in ("pit_ti_224", "crossvit_tiny_240", "tnt_s_legacy_patch16_224"):
             with pytest.raises(UnsupportedModelError, match=f"^timm:{name} is not supported: .+"):
                 load_model(f"timm:{name}")
+
+    def test_architectures_that_have_to_be_watched_are_loaded(self, tmp_path: Path) -> None:
+        """What has no adapter of its own cannot be judged without weights; that is no reason to refuse it."""
+        from timm.models import register_model
+
+        def watched_vit(pretrained: bool = False, **_: Any) -> nn.Module:
+            model = Own()
+            model.num_classes = 7
+            model.pretrained_cfg = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+            return model
+
+        register_model(watched_vit)
+        torch.manual_seed(0)
+        save_file(Own().state_dict(), tmp_path / "own.safetensors")
+        loaded = load_model("timm:watched_vit", checkpoint=tmp_path / "own.safetensors")
+        assert isinstance(loaded.subject.adapter, DiscoveredAdapter)
+        assert loaded.num_classes == 7
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", "cpu:x"])
     def test_devices_that_are_not_there(self, device: str, checkpoint: Path) -> None:

@@ -281,15 +281,29 @@ def test_methods_read_any_one_block(name: str, tiered: nn.Module) -> None:
         if name != "cait" or layer >= 3:
             explanation = get_explainer("raw_attention", tiered, layer=layer)(images)
             assert explanation.grid == layout.grid
-            assert explain("gradcam", tiered, images, 1, layer=layer).shape[-2:] == layout.grid
+        assert explain("gradcam", tiered, images, 1, layer=layer).shape[-2:] == layout.grid
     assert explain("rollout", tiered, images, start_layer=2).shape[-2:] == capture.layouts[2].grid
 
 
-def test_blocks_of_cait_without_a_class_token_are_refused() -> None:
+@pytest.mark.parametrize("layer", range(5))
+def test_gradcam_of_cait_equals_one_by_hand_with_and_without_a_class_token(layer: int) -> None:
+    model, images = randomised(BUILD["cait"]()).double(), images_of().double()
+    kept: list[Tensor] = []
+    block = [*model.blocks, *model.blocks_token_only][layer]
+    handle = block.norm1.register_forward_hook(lambda *call: kept.append(call[2]))
+    (gradient,) = torch.autograd.grad(model(images)[:, 3].sum(), kept)
+    handle.remove()
+    patches = slice(0 if layer < 3 else 1, None)  # the class token comes in above the first three blocks
+    expected = (kept[0] * gradient[:, patches].mean(1, keepdim=True)).sum(2)[:, patches].detach()
+    scores = explain("gradcam", model, images, 3, layer=layer, relu=False)
+    torch.testing.assert_close(scores.flatten(1), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_cait_does_not_define_is_refused() -> None:
     model, images = randomised(BUILD["cait"]()), images_of()
-    for method, options in (("gradcam", {"layer": 0}), ("tokentm", {})):
-        with pytest.raises(UnsupportedModelError, match=r"gradcam there .layer=-1., generic_attention"):
-            get_explainer(method, model, **options)
+    for options in ({}, {"transformation": "residual"}, {"start_layer": 3}):
+        with pytest.raises(UnsupportedModelError, match=r"change their number.*use generic_attention, .* or gradcam"):
+            get_explainer("tokentm", model, **options)
     with pytest.raises(UnsupportedModelError, match="head reads none of the tokens of block 0"):
         explain("raw_attention", model, images, layer=0)
 

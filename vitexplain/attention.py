@@ -22,9 +22,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-TILE_BYTES = 4 * 2**20
-"""How much one (B, H, T, N) tile may take, in bytes. Small enough to stay near the cache, large enough to
-keep the number of kernel launches low; every tile size gives the same map."""
+TILE_BYTES = 2 * 2**20
+"""How much one (B, H, T, N) tile may take, in bytes. Small enough for a core's own cache, large enough to keep the
+number of kernel launches low; every tile size gives the same map."""
 
 Rows = slice | Tensor
 """Query rows: a slice, or a (T,) int64 tensor of indices."""

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import Attention
+from .attention import Attention, AttentionOperands
 from .borrowing import borrowed
+from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
+from .fusion import attend, fuses_well
 from .layout import TokenLayout, from_tokens, to_tokens
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .record import BlockRecord, Needs, State
-from .tap import AttentionTap
+from .tap import AttentionTap, Instead
 
 
 class Capture:
@@ -47,6 +49,7 @@ class Capture:
         images: the (B, channels, H, W) input of the forward pass.
         pool: the record of an attention-pooling head; None for other heads.
         logits: the model's output (B, C), detached.
+        classes: (B,) the class that is explained, for methods that are told it; None for a contrast or a function.
         grid: patch grid (h, w).
         layouts: the tokens of each block.
     """
@@ -56,6 +59,7 @@ class Capture:
     grid: tuple[int, int]
     layouts: tuple[TokenLayout, ...]
     pool: BlockRecord | None = None
+    classes: Tensor | None = None
 
     def __init__(self, model: nn.Module | ModelAdapter, needs: Needs) -> None:
         self.adapter = adapt(model)
@@ -153,10 +157,8 @@ class Capture:
         for record in self.blocks[self.needs.from_block :]:
             if self.needs.any_attention:
                 record.watched = True
-                handles += tap.watch(record.modules.attention, self._keep_attention(record))
-            kinds = self.needs.states | self.needs.state_gradients
-            if "mlp" in kinds and record.modules.mlp is None:
-                kinds = kinds - {"mlp"} | {"mid", "out"}  # the record takes their difference
+                handles += tap.watch(record.modules.attention, self._keep_attention(record), self._fuse_heads(record))
+            kinds = record.sources(self.needs.seen_states)
             handles += [self._watch_state(kind, record) for kind in sorted(kinds)]
         if self.needs.any_attention:
             if self.adapter.pool is not None:
@@ -167,8 +169,7 @@ class Capture:
 
     def _watch_state(self, kind: State, record: BlockRecord) -> RemovableHandle:
         modules = record.modules
-        before_block = kind == "in" or (kind == "attention_input" and modules.attention_input is None)
-        module = modules.block if before_block or kind == "out" else getattr(modules, kind)
+        module, taken = modules.place(kind)
         if module is None:
             raise UnsupportedModelError(
                 f"a {type(modules.block).__name__} has no token state {kind!r} (block {record.index}); methods that "
@@ -185,7 +186,7 @@ class Capture:
                     record._state_gradients[kind] = gradient
 
                 state = self._track(state, store)
-            record._states[kind] = state.detach()
+            record.keep(kind, state.detach(), self.needs)
             return state
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
@@ -197,7 +198,7 @@ class Capture:
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             return (keep(output[0]), *output[1:]) if isinstance(output, tuple) else keep(output)
 
-        if before_block or kind == "mid":
+        if taken:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
@@ -214,6 +215,20 @@ class Capture:
             return self._track(output, store)
 
         return keep
+
+    def _fuse_heads(self, record: BlockRecord) -> Instead | None:
+        fusion = self.needs.fusion
+        if fusion is None or self.needs.gradient or type(record.modules.combination) is not Combination:
+            return None
+
+        def instead(operands: AttentionOperands) -> Tensor | None:
+            if not fuses_well(operands):
+                return None
+            fused, output = attend(operands, fusion)
+            record._calls.append(fused)
+            return output
+
+        return instead
 
     def _track(self, tensor: Tensor, store: Callable[[Tensor], None]) -> Tensor:
         if not tensor.requires_grad:

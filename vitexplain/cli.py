@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from .bench.command import EXAMPLES, bench_command
+from .cli_train import train_app
 from .errors import ExplanationWarning, UnknownNameError, VitExplainError
 
 EXIT_SOME_FAILED = 1
@@ -54,7 +55,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Explains what Vision Transformers look at, and says how far to trust it.",
 )
-train_app = typer.Typer(no_args_is_help=True, help="Trains models and methods that learn.")
 app.add_typer(train_app, name="train")
 
 
@@ -214,25 +214,6 @@ def models(
 
 
 app.command("bench", epilog=EXAMPLES)(bench_command)
-
-
-@train_app.command("classifier", epilog="[b]Example[/b]\n\nvitexplain train classifier --output scenes.safetensors")
-def train_classifier_command(
-    output: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Weights to write (.safetensors); a .json of the same name goes along."),
-    ],
-    steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Training steps.  \\[default: the shipped recipe's]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed.  \\[default: the shipped recipe's]")] = None,
-) -> None:
-    """Trains the embedded scenes classifier from nothing, by the recipe of the shipped weights."""
-    from .training.classifier import ClassifierSettings, train_classifier
-
-    changes: dict[str, Any] = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-    record = train_classifier(output, ClassifierSettings(**changes))
-    typer.echo(f"Test accuracy {record['accuracy']['test']:.1%}. Weights: {output.resolve()}")
 
 
 def _say(text: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -107,6 +108,29 @@ class Explainer:
         """
         return explain_with([self.method], self.subject, images, target, batch_size=batch_size)[0]
 
+    def fit(
+        self,
+        images: Iterable[Any],
+        output: str | os.PathLike[str],
+        *,
+        validation: Iterable[Any] | None = None,
+        **settings: Any,
+    ) -> Explainer:
+        """Trains a method that learns, on this model, and explains with what was learnt from then on.
+
+        Args:
+            images: batches of normalised images (B, 3, H, W), or tuples that begin with them, such as a
+                `torch.utils.data.DataLoader` gives.
+            output: checkpoint file to write.
+            validation: batches by which the best result is chosen; by default the first of `images`.
+            **settings: of the training, see the method's `fit`.
+
+        Raises:
+            OptionError: the method needs no training.
+        """
+        self.method = self.method.fit(self.subject.adapter, images, output, validation=validation, **settings)
+        return self
+
     @overload
     def attribute(self, inputs: Tensor, target: Target = None) -> Tensor: ...
 
@@ -195,6 +219,7 @@ def _explain_batch(
         logits = capture.forward(inputs)
         resolved = resolve_target(target, logits)
         for index in range(resolved.count):
+            capture.classes = resolved.plain_classes(index)
             score = resolved.score(logits, index)
             if needs.gradient:
                 capture.backward(score.sum(), retain_graph=index + 1 < resolved.count)
@@ -280,4 +305,8 @@ def _images(found: Tensor, start: int) -> list[int]:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, ExplanationWarning, stacklevel=5)
+    """Warns at the line that called into the package, whichever door it came through."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ExplanationWarning, stacklevel=level)

@@ -39,6 +39,8 @@ class Explanation:
             relevance on prefix tokens (CLS, registers), which no heatmap shows; ``constant``, whether the map is flat.
         preprocessing: how pictures became the model's input, where known.
         labels: class names, where known.
+        inputs: what the model saw, (B, channels, H, W), normalised, on its device and in its precision; `pictures`
+            and `overlay` show it. None where an explanation was put together without it.
     """
 
     scores: Tensor

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .errors import OptionError
 from .options import Configurable, option
 from .record import BlockRecord, Needs
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
     from .capture import Capture
+    from .models.adapter import ModelAdapter
     from .registry import MethodInfo
 
 
@@ -41,6 +46,22 @@ class Method(Configurable):
     def follows_blocks(self) -> bool:
         """Whether attention is followed through several blocks, with these options; else a `layer` is read alone."""
         return self.needs.any_attention and "layer" not in self.options
+
+    def fit(
+        self,
+        model: ModelAdapter,
+        images: Iterable[Any],
+        output: str | os.PathLike[str],
+        *,
+        validation: Iterable[Any] | None = None,
+        **settings: Any,
+    ) -> Method:
+        """This method, trained on a model; here refused, for methods that learn nothing.
+
+        Raises:
+            OptionError: the method needs no training.
+        """
+        raise OptionError(f"{self.info.name} learns nothing, so there is nothing to fit: explain right away")
 
     @abstractmethod
     def attribute(self, capture: Capture) -> Tensor:

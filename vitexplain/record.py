@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import Attention, RowTile, propagate, row_tiles, widen
 from .errors import CaptureError, UnsupportedModelError
+from .fusion import Fusion
 from .layout import TokenLayout, Windows, hand_down
 from .models.adapter import BlockModules, ModelAdapter
 
@@ -31,6 +32,8 @@ class Needs:
         states: token states to keep.
         state_gradients: token states whose gradient is kept; brings the state itself with it.
         from_block: first block needed, zero-based; nothing is recorded below it, and the graph starts here.
+        changes: pairs of token states of which the `Change` is kept, and not the states.
+        fusion: attention is only read with its heads fused so; where nothing else is asked for, that is what is kept.
     """
 
     attention: bool = False
@@ -38,15 +41,30 @@ class Needs:
     states: frozenset[State] = frozenset()
     state_gradients: frozenset[State] = frozenset()
     from_block: int = 0
+    changes: frozenset[tuple[State, State]] = frozenset()
+    fusion: Fusion | None = None
 
     def __or__(self, other: Needs) -> Needs:
+        kinds = {each.fusion for each in (self, other) if each.any_attention}
         return Needs(
             attention=self.attention or other.attention,
             attention_gradient=self.attention_gradient or other.attention_gradient,
             states=self.states | other.states,
             state_gradients=self.state_gradients | other.state_gradients,
             from_block=min(self.from_block, other.from_block),
+            changes=self.changes | other.changes,
+            fusion=kinds.pop() if len(kinds) == 1 else None,
         )
+
+    @property
+    def kept_states(self) -> frozenset[State]:
+        """The token states that can be read afterwards."""
+        return self.states | self.state_gradients
+
+    @property
+    def seen_states(self) -> frozenset[State]:
+        """The token states that are read at all, in the forward or afterwards."""
+        return self.kept_states | {state for pair in self.changes for state in pair}
 
     @property
     def any_attention(self) -> bool:
@@ -57,6 +75,26 @@ class Needs:
     def gradient(self) -> bool:
         """Whether a backward pass is needed."""
         return self.attention_gradient or bool(self.state_gradients)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """How the tokens of a block differ between two of its states; each (B, N), float32 or wider.
+
+    Attributes:
+        before: lengths in the first state.
+        after: lengths in the second.
+        product: inner products of the two.
+    """
+
+    before: Tensor
+    after: Tensor
+    product: Tensor
+
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor) -> Change:
+        """Of two states (B, N, D)."""
+        return cls(before.norm(dim=-1), after.norm(dim=-1), (before * after).sum(-1))
 
 
 @dataclass(eq=False)
@@ -82,6 +120,7 @@ class BlockRecord:
     _output_gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _states: dict[State, Tensor] = field(default_factory=dict, repr=False)
     _state_gradients: dict[State, Tensor] = field(default_factory=dict, repr=False)
+    _changes: dict[tuple[State, State], Change] = field(default_factory=dict, repr=False)
 
     def state(self, kind: State) -> Tensor:
         """Token state (B, N, D) of this block.
@@ -89,9 +128,38 @@ class BlockRecord:
         Raises:
             CaptureError: it was not asked for in `Needs`.
         """
-        if kind == "mlp" and self.modules.mlp is None and "out" in self._states:
+        if kind == "mlp" and self.modules.mlp is None and self._has(kind):
             return self.state("out") - self.state("mid")
         return widen(self._present(self._states.get(kind), f"token state {kind!r}", f"states={{{kind!r}}}"))
+
+    def change(self, before: State, after: State) -> Change:
+        """How this block's tokens differ between two states.
+
+        Raises:
+            CaptureError: it was not asked for in `Needs`.
+        """
+        pair = (before, after)
+        what = f"the change from token state {before!r} to {after!r}"
+        return self._present(self._changes.get(pair), what, f"changes={{{pair!r}}}")
+
+    def keep(self, kind: State, state: Tensor, needs: Needs) -> None:
+        """Takes a token state (B, N, D) as the forward comes by it, and lets go of what is not needed any more."""
+        self._states[kind] = state
+        for before, after in needs.changes - self._changes.keys():
+            if self._has(before) and self._has(after):
+                self._changes[before, after] = Change.between(self.state(before), self.state(after))
+        if needs.changes and needs.changes <= self._changes.keys():
+            for done in self._states.keys() - self.sources(needs.kept_states):
+                del self._states[done]
+
+    def _has(self, kind: State) -> bool:
+        return self.sources({kind}) <= self._states.keys()
+
+    def sources(self, kinds: Set[State]) -> Set[State]:
+        """The states that come by in the forward, from which these are read."""
+        if "mlp" in kinds and self.modules.mlp is None:
+            return kinds - {"mlp"} | {"mid", "out"}
+        return kinds
 
     def state_gradient(self, kind: State) -> Tensor:
         """Gradient of the explained score at a token state (B, N, D).

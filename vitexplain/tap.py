@@ -10,8 +10,10 @@ comes from a softmax, through whatever the model did to it in between. It is han
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,9 @@ from .errors import CaptureError
 Seen = Callable[[Attention, Tensor], Tensor]
 """Takes one attention and the tensor to track for it, its output (B, H, N, dh) or, where it was written by hand, A
 itself (B, H, N, N); returns what the model goes on with."""
+
+Instead = Callable[[AttentionOperands], "Tensor | None"]
+"""Computes the output (B, H, N, dh) of one attention in the place of the fused kernel; None leaves it to that."""
 
 _SDPA_DEFAULTS = {
     "attn_mask": None,
@@ -51,18 +56,22 @@ class AttentionTap(TorchFunctionMode):
 
     Args:
         batch: images in the forward: how many matrices of one head a stack of them holds.
+
+    Attributes:
+        stacked: attention was seen on tensors of three axes, (B·H, N, …), and cut into images.
     """
 
     def __init__(self, batch: int = 1) -> None:
         super().__init__()
+        self.stacked = False
         self._batch = batch
         self._inside: list[_Watched] = []
 
-    def watch(self, module: nn.Module, seen: Seen) -> list[RemovableHandle]:
-        """Hands calls inside a module to `seen`; the innermost watched module counts."""
+    def watch(self, module: nn.Module, seen: Seen, instead: Instead | None = None) -> list[RemovableHandle]:
+        """Hands calls inside a module to `seen`, unless `instead` takes them; the innermost watched module counts."""
 
         def enter(*_: Any) -> None:
-            self._inside.append(_Watched(seen))
+            self._inside.append(_Watched(seen, instead))
 
         def leave(*_: Any) -> None:
             self._inside.pop()
@@ -77,9 +86,9 @@ class AttentionTap(TorchFunctionMode):
             return func(*args, **named)
         watched = self._inside[-1]
         if func is F.scaled_dot_product_attention:
-            return watched.seen(_operands(*args, **named), func(*args, **named))
+            return self._fused(watched, _operands(*args, **named), lambda: func(*args, **named))
         if func is F.multi_head_attention_forward:
-            return _multi_head(watched.seen, *args, **named)
+            return _multi_head(functools.partial(self._fused, watched), *args, **named)
         if func in _SOFTMAX:
             watched.weights = [func(*args, **named)]
             return watched.weights[0]
@@ -91,12 +100,30 @@ class AttentionTap(TorchFunctionMode):
             return func(*written.arguments(self._tracked(watched.seen, written)), **named)
         return watched.keep(func(*args, **named))
 
+    def _fused(self, watched: _Watched, operands: AttentionOperands, kernel: Callable[[], Tensor]) -> Tensor:
+        """What the model goes on with instead of the output of the fused kernel, in its own shape."""
+        if operands.q.ndim != 3:
+            output = None if watched.instead is None else watched.instead(operands)
+            return watched.seen(operands, kernel()) if output is None else output
+        output = kernel()
+        q, k, v = (self._unstacked(each) for each in (operands.q, operands.k, operands.v))
+        bias = operands.bias
+        if bias is not None and bias.ndim == 3:
+            bias = self._unstacked(bias.expand(len(output), -1, -1))
+        operands = replace(operands, q=q, k=k, v=v, bias=bias)
+        return watched.seen(operands, self._unstacked(output)).reshape(output.shape)
+
+    def _unstacked(self, tensor: Tensor) -> Tensor:
+        """(B, H, N, …) of a head or B·H of them."""
+        self.stacked = True
+        images = self._batch if len(tensor) % self._batch == 0 else len(tensor)
+        return tensor.reshape(images, -1, *tensor.shape[1:])
+
     def _tracked(self, seen: Seen, written: _WrittenOut) -> Tensor:
         """What the model goes on with instead of the weights, in their own shape."""
         matrix, values = written.weights, written.values
-        if matrix.ndim == 3:  # a head, or B·H of them
-            images = self._batch if len(matrix) % self._batch == 0 else len(matrix)
-            matrix, values = (each.reshape(images, -1, *each.shape[1:]) for each in (matrix, values))
+        if matrix.ndim == 3:
+            matrix, values = self._unstacked(matrix), self._unstacked(values)
         values = values.expand(*matrix.shape[:2], -1, -1)  # heads may share them
         return seen(GivenAttention(matrix.detach(), values.detach()), matrix).reshape(written.weights.shape)
 
@@ -106,11 +133,12 @@ class _Watched:
 
     Attributes:
         seen: takes its attention.
+        instead: computes it in the place of the fused kernel, or leaves it to that.
         weights: the last softmax, and what became of it so far.
     """
 
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
+    def __init__(self, seen: Seen, instead: Instead | None) -> None:
+        self.seen, self.instead = seen, instead
         self.weights: list[Tensor] = []
 
     def holds(self, value: Any) -> bool:
@@ -167,7 +195,9 @@ def _operands(*args: Any, **kwargs: Any) -> AttentionOperands:
     return AttentionOperands(q, k, v, float(scale), None if bias is None else bias.detach())
 
 
-def _multi_head(seen: Seen, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _multi_head(
+    fused: Callable[[AttentionOperands, Callable[[], Tensor]], Tensor], *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     bound = _MULTI_HEAD.bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
@@ -191,7 +221,7 @@ def _multi_head(seen: Seen, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor |
         for each, weight, bias in zip(inputs, weights, biases, strict=True)
     )
     bias = _merged_mask(call["attn_mask"], call["key_padding_mask"], q)
-    output = seen(_operands(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, bias))
+    output = fused(_operands(q, k, v, bias), lambda: F.scaled_dot_product_attention(q, k, v, bias))
     output = F.linear(output.permute(2, 0, 1, 3).flatten(2), call["out_proj_weight"], call["out_proj_bias"])
     weights_out = None
     if call["need_weights"]:

@@ -57,6 +57,10 @@ class ResolvedTarget:
             score = score - logits.gather(1, self._column(self.against, index))[:, 0]
         return score
 
+    def plain_classes(self, index: int) -> Tensor | None:
+        """(B,) classes of target number `index`; None where it is a contrast or a function."""
+        return None if self.classes is None or self.against is not None else self.classes[:, index]
+
     def explained_classes(self) -> Tensor | None:
         """(B,) or (B, K) classes, as the target was given."""
         if self.classes is None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, TokenLayout, Windows
 
 if TYPE_CHECKING:
-    from ..record import Needs
+    from ..record import Needs, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class BlockModules:
         combination: how several attention calls of the block make one.
         arrangement: the axes of token states inside the block.
         windows: cuts the block's grid (h, w) into the windows that it attends within; None for one over all tokens.
+        taken: without an `attention_input`, its input is that state; without either, the block's input is.
     """
 
     block: nn.Module
@@ -43,6 +45,16 @@ class BlockModules:
     combination: Combination = field(default_factory=Combination)
     arrangement: Arrangement = "BND"
     windows: Callable[[tuple[int, int]], Windows] | None = None
+    taken: nn.Module | None = None
+
+    def place(self, state: State) -> tuple[nn.Module | None, bool]:
+        """The module where a token state is; and whether that is its input, or its output."""
+        if state in ("in", "out"):
+            return self.block, state == "in"
+        if state == "attention_input" and self.attention_input is None:
+            return self.taken or self.block, True
+        module: nn.Module | None = getattr(self, state)
+        return module, state == "mid"
 
 
 def linear_weight(module: nn.Module, width: int) -> Tensor:
@@ -52,13 +64,23 @@ def linear_weight(module: nn.Module, width: int) -> Tensor:
         module: `nn.Linear`, or a module that stands in for one and is affine.
         width: number of input features.
     """
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear) and getattr(module.forward, "__func__", None) is nn.Linear.forward:
         return module.weight.detach()
     reference = next(module.parameters())
     with torch.no_grad():
         unit = torch.eye(width, device=reference.device, dtype=reference.dtype)
         weight: Tensor = (module(unit) - module(torch.zeros_like(unit[:1]))).T
         return weight
+
+
+def first_weight(model: nn.Module) -> Tensor | None:
+    """A weight of the layer that takes the images, which have to be on its device and in its precision.
+
+    That is the first convolution; in a model without any, its first linear map; else any parameter.
+    """
+    layers = (each for kind in (nn.Conv2d, nn.Linear) for each in model.modules() if isinstance(each, kind))
+    weights = chain((each.weight for each in layers), model.parameters())
+    return next((each for each in weights if each.is_floating_point()), None)
 
 
 class ModelAdapter(ABC):
@@ -174,7 +196,8 @@ class ModelAdapter(ABC):
         if not (images.sum().isfinite() or images.isfinite().all()):  # the sum alone is a tenth of the work
             raise InputError("the images hold NaN or infinite values; expected finite numbers")
         self.grid((images.shape[-2], images.shape[-1]))
-        reference = next(self.model.parameters(), images)
+        reference = first_weight(self.model)
+        reference = images if reference is None else reference
         return images.detach().to(device=reference.device, dtype=reference.dtype)
 
     def check_block(self, index: int) -> int:

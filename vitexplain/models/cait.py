@@ -127,21 +127,22 @@ class CaitAdapter(ModelAdapter):
         return weights
 
     def check_needs(self, needs: Needs) -> None:
-        """Refuses token states of blocks that have no class token: methods read it as the first of a state."""
+        """Refuses token states beside attention: tokens cannot be compared across the class token's entrance.
+
+        What attention takes in one block is read anywhere, on that block's own tokens.
+        """
         super().check_needs(needs)
-        first = len(self._cait.blocks)
-        if (needs.states or needs.state_gradients) and self.check_block(needs.from_block) < first:
-            raise UnsupportedModelError(
-                f"the first {first} blocks of a Cait hold patches alone, and token states are read in blocks {first} "
-                f"to {len(self.blocks) - 1} only; what works: gradcam there (layer=-1), generic_attention, rollout, "
-                "raw_attention"
-            )
+        if needs.any_attention and needs.seen_states - {"attention_input"}:
+            raise self._refusal()
 
     def output_weight(self, block: int) -> Tensor:
         """Refused: heads are mixed, and the class token is updated alone."""
-        raise UnsupportedModelError(
+        raise self._refusal()
+
+    value_weight = output_weight
+
+    def _refusal(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
             "a Cait's token states change their number, so how each is transformed is not defined; use "
             "generic_attention, rollout, raw_attention or gradcam"
         )
-
-    value_weight = output_weight

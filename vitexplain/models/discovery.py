@@ -1,25 +1,28 @@
 """Adapter for any plain transformer whose attention can be seen: found by watching it, and checked on the numbers.
 
-Nothing is assumed from names. One forward on noise shows what `findings` interprets; each finding is verified, and what
-does not verify is left out or refused. The head's pooling is measured: with all final tokens made equal, the gradient
-at each is proportional to the weight with which the head reads it.
+Nothing is assumed from names. One forward on noise shows what `findings` and `projections` interpret; each finding is
+verified, and what does not verify is left out or refused. The head's pooling is measured: with all final tokens made
+equal, the gradient at each is proportional to the weight with which the head reads it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import GivenAttention
 from ..borrowing import borrowed
 from ..errors import InputError, UnsupportedModelError
 from ..layout import to_tokens
 from .adapter import BlockModules
-from .findings import FoundBlock, find_blocks, find_grid, find_pool, find_projections, find_states
+from .findings import FoundBlock, find_blocks, find_grid, find_pool
 from .probe import Forward, watched
+from .projections import describe
 from .unknown import UnknownModelAdapter
+
+if TYPE_CHECKING:
+    from ..record import Needs
 
 
 class DiscoveredAdapter(UnknownModelAdapter):
@@ -45,11 +48,13 @@ class DiscoveredAdapter(UnknownModelAdapter):
         self._stem, grid = find_grid(seen, self._tokens)
         self._probe_grid = grid
         self.num_prefix_tokens = self._tokens - grid[0] * grid[1]
-        found = [find_states(seen, block, find_projections(seen, block)) for block in blocks]
+        with torch.inference_mode(False), torch.no_grad(), borrowed(model):
+            found = [describe(seen, block) for block in blocks]
         self.blocks = tuple(modules for modules, _ in found)
         self._projections = [projections for _, projections in found]
         self._check_order(images, blocks[0])
-        self._check_batches(images, blocks[0])
+        if seen.stacked:
+            self._check_batches(images, blocks[0])
         pool = find_pool(seen, self._tokens, self.num_prefix_tokens)
         self.pool = None if pool is None else BlockModules(pool, pool)
         self._seed = None if pool is not None else self._measured_pooling(images)
@@ -77,6 +82,18 @@ class DiscoveredAdapter(UnknownModelAdapter):
             raise InputError(f"found images of {image_size[0]}×{image_size[1]} pixels, expected at least one patch")
         return rows, columns
 
+    def check_needs(self, needs: Needs) -> None:
+        """Refuses the attention input where no module puts it out, as where a block normalises in its own forward."""
+        super().check_needs(needs)
+        first = self.check_block(needs.from_block)
+        unknown = [index for index, each in enumerate(self._projections) if index >= first and not each.input_known]
+        if unknown and "attention_input" in needs.seen_states:
+            raise UnsupportedModelError(
+                f"no module puts out or takes alone what attention takes in block {unknown[0]} "
+                f"({type(self.blocks[unknown[0]].block).__name__}), so gradcam cannot read it; use generic_attention, "
+                "rollout or raw_attention, or give the block a normalisation module that it calls once"
+            )
+
     def seed(self, num_tokens: int) -> Tensor:
         """The measured pooling; the patches' share spread evenly where there are more or fewer of them."""
         if self._seed is None:
@@ -100,7 +117,7 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 f"no linear map from the heads to the residual stream was found in block {block} "
                 f"({type(self.blocks[block].block).__name__}); use generic_attention or rollout"
             )
-        weight = found.output.weight.detach()
+        weight = found.output()
         if found.scale is not None:
             weight = found.scale.detach().to(weight)[:, None] * weight
         return weight.T.reshape(found.heads, -1, len(weight))
@@ -113,7 +130,7 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 f"no linear map from the tokens to the values was found in block {block}; use transformation='value', "
                 "or generic_attention"
             )
-        weight = found.value().detach()
+        weight = found.value()
         return weight.reshape(found.heads, -1, weight.shape[1]).transpose(1, 2)
 
     def _watch(self, images: Tensor) -> Forward:
@@ -141,9 +158,7 @@ class DiscoveredAdapter(UnknownModelAdapter):
             )
 
     def _check_batches(self, images: Tensor, first: FoundBlock) -> None:
-        """Attention written by hand on (B·H, N, N) is cut into images rightly: the first of two keeps its own."""
-        if not isinstance(first.attention.operands, GivenAttention):
-            return
+        """Attention on (B·H, N, …) is cut into images rightly: the first of two keeps its own."""
         seen = self._watch(torch.cat([images, images.flip(-1)]))
         both, alone = seen.attentions[0].operands.probabilities(), first.attention.operands.probabilities()
         if both.shape[1:] != alone.shape[1:] or not torch.allclose(both[:1], alone, atol=1e-3):

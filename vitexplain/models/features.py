@@ -195,7 +195,7 @@ def _parts(score: Tensor, state: Tensor, images: Tensor) -> bool:
 
 
 def _reads_more(needs: Needs) -> bool:
-    return needs.any_attention or bool((needs.states | needs.state_gradients) - {"attention_input"})
+    return needs.any_attention or bool(needs.seen_states - {"attention_input"})
 
 
 def _axes(state: Tensor, size: tuple[int, int], widths: list[int]) -> Arrangement | None:

@@ -1,23 +1,15 @@
-"""What a watched forward pass tells about a model; each finding is verified on the numbers of that pass."""
+"""What a watched forward pass tells about a model: its blocks, its patch grid, the pool that reads its tokens."""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..layout import Arrangement
-from .adapter import BlockModules
 from .probe import AttentionCall, Forward, ModuleCall
-
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-_LOOSE = 0.05  # half precisions
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,24 +19,6 @@ class FoundBlock:
     call: ModuleCall
     attention: AttentionCall
     arrangement: Arrangement = "BND"
-
-
-@dataclass(frozen=True, eq=False)
-class Projections:
-    """Linear maps around one block's attention; None where none verified.
-
-    Attributes:
-        heads: H.
-        output: the module from the heads to the residual stream, with a weight (D, H·dh) and a bias.
-        scale: (D,) LayerScale on top of it.
-        value: gives (H·dh, D), from the attention input to the values. Asked when needed: a model may be moved or
-            converted after it was watched.
-    """
-
-    heads: int
-    output: nn.Linear | None = None
-    scale: Tensor | None = None
-    value: Callable[[], Tensor] | None = None
 
 
 def find_blocks(seen: Forward) -> list[FoundBlock]:
@@ -63,11 +37,18 @@ def find_blocks(seen: Forward) -> list[FoundBlock]:
     counts = Counter(call.operands.num_tokens for call in calls)
     # before the last of them, others attend to a reduced set of tokens; behind it, they pool
     reduced = any(call.operands.num_tokens != call.operands.num_keys for call in seen.attentions[: _last(seen, calls)])
-    if len(counts) > 1 or reduced or any(call.operands.shape[0] != 1 or call.operands.v.ndim != 4 for call in calls):
+    if len(counts) > 1 or reduced or any(call.operands.shape[0] != 1 for call in calls):
         raise UnsupportedModelError(
             f"attention runs over {', '.join(map(str, counts))} tokens in {len(calls)} calls (in windows or stages"
             f"{', or onto fewer tokens' if reduced else ''}); expected one sequence of tokens from the first block to "
             "the last. Hierarchical models need a ModelAdapter"
+        )
+    axes = {call.operands.v.ndim for call in calls}
+    if axes != {4}:
+        raise UnsupportedModelError(
+            f"attention is called on values of {', '.join(map(str, sorted(axes)))} axes (as in windows or stages); "
+            "expected (B, H, N, dh), or (B·H, N, dh) with the heads of an image next to each other; write a "
+            "ModelAdapter for anything else"
         )
     depth = 0
     while len(calls) > 1 and len({_at(call, depth) for call in calls}) == 1 and _at(calls[0], depth) is not None:
@@ -137,94 +118,6 @@ def find_pool(seen: Forward, tokens: int, prefix: int) -> nn.Module | None:
         if call.operands.num_tokens != tokens and call.operands.num_keys in (tokens, tokens - prefix)
     ]
     return calls[-1].parents[-1].module if calls else None
-
-
-def find_projections(seen: Forward, block: FoundBlock) -> Projections:
-    """The linear maps into the values and out of the heads, recognised by what they were given and gave."""
-    attention = block.attention
-    heads, around = attention.operands.shape[1], attention.parents[-1].module
-    merged = attention.output.transpose(1, 2).flatten(2)
-    values = attention.operands.v.transpose(1, 2).flatten(2)
-    if isinstance(around, nn.MultiheadAttention):
-        packed = around.in_proj_weight is not None
-
-        def value_of() -> Tensor:
-            return around.in_proj_weight.chunk(3)[2] if packed else around.v_proj_weight
-
-        return Projections(heads, around.out_proj, None, value_of)
-    output: nn.Linear | None = None
-    value: Callable[[], Tensor] | None = None
-    for call in _inside(seen, block.call):
-        if not isinstance(call.module, nn.Linear) or call.input is None or call.output is None:
-            continue
-        if call.start > attention.start and output is None and _close(call.input, merged):
-            output = call.module
-        if call.start < attention.start:
-            for share in (1, 3):  # a projection of its own, or the last third of one for q, k and v
-                if call.output.shape[-1] == share * values.shape[-1] and _close(
-                    call.output.chunk(share, -1)[-1], values
-                ):
-                    value = functools.partial(_last_part, call.module, share)
-    return Projections(heads, output, None, value)
-
-
-def _last_part(module: nn.Linear, share: int) -> Tensor:
-    return module.weight.chunk(share)[-1]
-
-
-def find_states(seen: Forward, block: FoundBlock, projections: Projections) -> tuple[BlockModules, Projections]:
-    """Where the block is tapped, and its projections with LayerScale: what was added over what was projected."""
-    call, attention = block.call, block.attention
-    outer = attention.parents[-1]
-    source = None
-    for each in _inside(seen, call):
-        ends_before = each.start < outer.start and each not in outer.parents
-        if ends_before and each.output is not None and outer.input is not None and _close(each.output, outer.input):
-            source = each.module
-    mid = None
-    if projections.output is not None and call.input is not None:
-        output = projections.output
-        projected = F.linear(attention.output.transpose(1, 2).flatten(2), output.weight, output.bias).detach()
-        if block.arrangement == "NBD":
-            projected = projected.transpose(0, 1)
-        for each in _inside(seen, call):
-            if each.start < attention.start or each.input is None or each.input.shape != call.input.shape:
-                continue
-            added = each.input - call.input
-            scale = (added * projected).sum((0, 1)) / (projected * projected).sum((0, 1)).clamp(min=1e-30)
-            if _close(added, scale * projected, stream=each.input):
-                mid = each.module
-                projections = replace(projections, scale=_layer_scale(call.module, scale))
-                break
-    around = attention.parents[-1].module
-    modules = BlockModules(call.module, around, attention_input=source, mid=mid, arrangement=block.arrangement)
-    return modules, projections
-
-
-def _layer_scale(block: nn.Module, measured: Tensor) -> Tensor | None:
-    """The block's own parameter that a measured ratio is nearest to, if it is near; None for no scaling."""
-    ones = torch.ones_like(measured)
-    own = [each for each in block.parameters() if each.shape == measured.shape]
-    nearest = min([ones, *own], key=lambda each: (each - measured).abs().float().mean().item())
-    if not _close(nearest, measured):
-        return measured
-    return None if nearest is ones else nearest
-
-
-def _close(a: Tensor, b: Tensor, stream: Tensor | None = None) -> bool:
-    """Whether two tensors hold the same numbers, up to the rounding of their precision.
-
-    `stream` is what they were subtracted from: in half precision its rounding is what is left of small additions.
-    """
-    if a.shape != b.shape:
-        return False
-    half = a.dtype not in _TOLERANCE
-    size = (stream if half and stream is not None else b).abs().max().item()
-    return (a - b).abs().max().item() <= _TOLERANCE.get(a.dtype, _LOOSE) * max(size, 1e-12)
-
-
-def _inside(seen: Forward, outer: ModuleCall) -> list[ModuleCall]:
-    return [call for call in seen.modules if outer in call.parents]
 
 
 def _at(call: AttentionCall, depth: int) -> ModuleCall | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..borrowing import borrowed
 from ..errors import InputError, UnsupportedModelError
 
 Tokeniser = Callable[[list[str]], Any]
@@ -41,7 +42,9 @@ class ImageTextModel(nn.Module):
                 f"a {type(model).__name__} has neither get_image_features nor encode_image; expected one of them"
             )
         self.model = model
-        self.text_embeddings = F.normalize(text_embeddings.detach(), dim=-1)
+        # tensors made in the caller's inference_mode could not take part in a graph
+        with torch.inference_mode(False), torch.no_grad():
+            self.text_embeddings = F.normalize(text_embeddings, dim=-1)
         config = getattr(getattr(model, "config", None), "vision_config", None)
         size = getattr(config, "image_size", getattr(getattr(model, "visual", None), "image_size", None))
         if size is not None:
@@ -49,7 +52,7 @@ class ImageTextModel(nn.Module):
 
     @classmethod
     def from_texts(cls, model: nn.Module, texts: Sequence[str], tokeniser: Tokeniser) -> ImageTextModel:
-        """Encodes texts with the model's own text encoder.
+        """Encodes texts with the model's own text encoder, in evaluation mode; the model is left as it was.
 
         Args:
             model: as for the class.
@@ -61,7 +64,7 @@ class ImageTextModel(nn.Module):
             raise InputError("found no texts, expected at least one")
         tokens, anything = tokeniser(list(texts)), cast("Any", model)
         device = next(model.parameters()).device
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), borrowed(model):
             if hasattr(model, "get_text_features"):
                 named = dict(tokens) if hasattr(tokens, "keys") else {"input_ids": tokens}
                 output = anything.get_text_features(**{name: value.to(device) for name, value in named.items()})

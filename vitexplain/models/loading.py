@@ -206,10 +206,7 @@ def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[n
         plain, _, tag = architecture.partition(".")
         tags = [each.partition(".")[2] for each in timm.list_models(f"{plain}.*", pretrained=True)]
         raise UnknownNameError.listing(f"pretrained tag of {plain}", tag, tags) from error
-    try:
-        adapt(_without_weights(architecture))  # before anything is fetched
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name} is not supported: {error}") from error
+    _check_architecture(architecture)
     if checkpoint is None:
         return fetch_pretrained(architecture)
     state = read_state(checkpoint)
@@ -218,6 +215,22 @@ def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[n
     model = timm.create_model(architecture, **options)
     load_strictly(model, state, str(checkpoint))
     return model, str(checkpoint)
+
+
+def _check_architecture(architecture: str) -> None:
+    """Refuses an architecture that no adapter fits, before anything is fetched.
+
+    What has no adapter of its own is recognised by watching it run, which takes weights; random ones will do.
+    """
+    import timm
+
+    try:
+        adapt(_without_weights(architecture))
+    except UnsupportedModelError:
+        try:
+            adapt(timm.create_model(architecture))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{_PREFIX}{architecture} is not supported: {error}") from error
 
 
 def _without_weights(architecture: str) -> nn.Module:

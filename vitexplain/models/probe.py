@@ -53,10 +53,17 @@ class AttentionCall:
 
 @dataclass(eq=False)
 class Forward:
-    """Everything that was seen in one forward pass, in order."""
+    """Everything that was seen in one forward pass, in order.
+
+    Attributes:
+        modules: the module calls.
+        attentions: the attention calls.
+        stacked: some attention came with images and heads in one axis.
+    """
 
     modules: list[ModuleCall] = field(default_factory=list)
     attentions: list[AttentionCall] = field(default_factory=list)
+    stacked: bool = False
 
 
 @contextlib.contextmanager
@@ -95,6 +102,7 @@ def watched(model: nn.Module, batch: int = 1) -> Iterator[Forward]:
             hooks.callback(module.register_forward_hook(after).remove)
         hooks.enter_context(tap)
         yield seen
+        seen.stacked = tap.stacked
 
 
 def first_tensor(value: Any) -> Tensor | None:

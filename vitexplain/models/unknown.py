@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..borrowing import attributes_set
 from ..errors import InputError, UnsupportedModelError
-from .adapter import ModelAdapter
+from .adapter import ModelAdapter, first_weight
 
 
 class UnknownModelAdapter(ModelAdapter, ABC):
@@ -69,9 +69,9 @@ class UnknownModelAdapter(ModelAdapter, ABC):
 
     def noise(self, size: tuple[int, int]) -> Tensor:
         """One image (1, channels, H, W) to find things out with, the same every time."""
-        reference = next(self.model.parameters(), torch.empty(0))
         noise = torch.randn(1, self.num_channels, *size, generator=torch.Generator().manual_seed(0))
-        return noise.to(device=reference.device, dtype=reference.dtype)
+        reference = first_weight(self.model)
+        return noise if reference is None else noise.to(device=reference.device, dtype=reference.dtype)
 
     def run(self, images: Tensor) -> Tensor:
         """`logits`, with whatever the model raises as an `UnsupportedModelError` that says what to do."""

@@ -1,0 +1,144 @@
+"""Vision DiffMask as a method: gates read one forward pass and say which patches the model needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vitexplain.capture import Capture
+from vitexplain.diffmask.checkpoint import TrainedGates, load_checkpoint
+from vitexplain.diffmask.gates import log_kept
+from vitexplain.diffmask.hard_concrete import log_survival
+from vitexplain.diffmask.masking import STATE_NEEDS, MaskedModel, PatchStates
+from vitexplain.diffmask.refinement import refined
+from vitexplain.errors import CheckpointError, NotTrainedError, UnsupportedModelError
+from vitexplain.method import Method
+from vitexplain.options import option
+from vitexplain.record import Needs
+from vitexplain.registry import register_method
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from vitexplain.models.adapter import ModelAdapter
+
+
+@register_method(
+    "diffmask",
+    title="Vision DiffMask",
+    paper="Nalmpantis et al., Vision DiffMask, CVPR workshops 2023, section 3",
+    class_specific=False,
+    passes="1F",
+    trainable=True,
+)
+@dataclass(frozen=True)
+class DiffMask(Method):
+    r"""Probability that a patch is kept by gates that were trained to drop all the model can do without.
+
+    .. math:: m_t = \prod_{\ell=0}^{L+1} P(z_{\ell t} > 0), \qquad
+        \log P(z > 0) = \log\sigma\bigl(u - \tau \log(-l/r)\bigr)
+
+    with u the logit that the gate of depth ℓ gives patch t, from its patch embedding and its state at that depth; a
+    depth is a state before, between or behind the blocks: 0 the patch embedding, 1 … L the inputs of the blocks, L + 1
+    the last output. One forward pass and the gates, which cost about an eighth of the forward of a ViT-Ti. The map says
+    which patches keep the whole output distribution as it is, so it is the same for every class. Scores (B, h, w) in
+    [0, 1].
+
+    As in the paper's own inference the map is P(z > 0), not the mean of z. It is handed out in double precision where
+    the device has it: the product comes so close to 0 and to 1 that float32 could not tell patches apart.
+    """
+
+    checkpoint: str = option("", "file that `vitexplain train diffmask` wrote (.safetensors)")
+    depth: int = option(-1, "last depth whose gate takes part, 0 to L + 1; negative counts from the last")
+    aggregate: bool = option(True, "product of all gates up to `depth`; False: the gate of that depth alone")
+    scale: str = option(
+        "probability",
+        "what scores are: the probability that a patch is kept, or its logarithm, which never saturates; for rankings",
+        choices=("probability", "log_probability"),
+    )
+    refine: bool = option(False, "search for a better mask of each image, starting from the gates' own")
+    refine_steps: int = option(100, "steps of that search, each one forward and one backward pass", minimum=1)
+
+    @property
+    def needs(self) -> Needs:
+        """Token states at all depths."""
+        return STATE_NEEDS
+
+    def attribute(self, capture: Capture) -> Tensor:
+        """Scores (B, h, w), float64 where the device has it."""
+        masked = MaskedModel(capture.adapter)
+        found = PatchStates.of(capture, masked.embedding.tokens(capture.images))
+        trained = self._trained(capture, found.states[0].dtype)
+        classes = self._classes(capture)
+        features = None if trained.features is None else trained.features[classes]
+        logits = trained.gates(found.states[: self._depth(len(found.states)) + 1], features)
+        scores = log_kept(logits)[:, -1] if self.aggregate else log_survival(logits[:, -1])
+        if self.refine:
+            scores = refined(
+                masked,
+                trained.gates,
+                found,
+                scores,
+                constraint=trained.constraint,
+                classes=classes,
+                margin=trained.margin,
+                steps=self.refine_steps,
+            )
+        scores = scores.reshape(-1, *capture.grid)
+        if self.scale == "log_probability":
+            return scores
+        return (scores.double() if scores.device.type != "mps" else scores).exp()
+
+    def fit(
+        self,
+        model: ModelAdapter,
+        images: Iterable[Any],
+        output: str | os.PathLike[str],
+        *,
+        validation: Iterable[Any] | None = None,
+        **settings: Any,
+    ) -> DiffMask:
+        """This method with gates trained on a model; see `vitexplain.training.diffmask.train_diffmask`.
+
+        Args:
+            model: the model's adapter.
+            images: batches of images (B, channels, H, W), normalised, or tuples that begin with them.
+            output: file to write the gates to, ending in ``.safetensors``.
+            validation: batches to choose the best gates by; the first of `images` by default.
+            **settings: fields of `DiffMaskSettings`.
+        """
+        from vitexplain.training.diffmask import DiffMaskSettings, train_diffmask
+
+        train_diffmask(model, images, output, DiffMaskSettings(**settings), validation=validation)
+        return replace(self, checkpoint=str(output))
+
+    def _trained(self, capture: Capture, dtype: torch.dtype) -> TrainedGates:
+        if not self.checkpoint:
+            raise NotTrainedError(
+                "diffmask learns a model before it explains it, and was given no checkpoint. Train one with "
+                "`vitexplain train diffmask --model … --data … --output gates.safetensors` or explainer.fit(images, "
+                "output), then pass checkpoint='gates.safetensors'"
+            )
+        trained = load_checkpoint(self.checkpoint, capture.adapter, capture.images.device, dtype)
+        if (trained.features is not None) is not self.info.class_specific:
+            ours, other = ("no class", "diffmask_class") if trained.features is not None else ("a class", "diffmask")
+            raise CheckpointError(
+                f"the gates in {self.checkpoint!r} were trained with the constraint {trained.constraint!r}; "
+                f"{self.info.name} expects gates that are told {ours}: use the method {other}, or train others"
+            )
+        return trained
+
+    def _classes(self, capture: Capture) -> Tensor:
+        """The class (B,) whose probability the search of a better mask looks at."""
+        return capture.logits.argmax(1)
+
+    def _depth(self, count: int) -> int:
+        if not -count <= self.depth < count:
+            raise UnsupportedModelError(
+                f"found depth {self.depth}, expected {-count} to {count - 1}: this model has {count} depths"
+            )
+        return self.depth % count

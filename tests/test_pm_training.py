@@ -1,0 +1,251 @@
+"""Training of patch masks: what is written and what stays as it was, resuming, freezing, and the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitexplain import (
+    Capture,
+    CheckpointError,
+    InputError,
+    Needs,
+    UnsupportedModelError,
+    VitExplainError,
+    adapt,
+    get_explainer,
+)
+from vitexplain.data.example import Example
+from vitexplain.data.stripes import CLASSES, PATCH, SIZE, stripes_examples
+from vitexplain.models.embedded import load_checkpoint
+from vitexplain.models.token_head import TokenHead, token_head
+from vitexplain.preprocessing import Preprocessing
+from vitexplain.training.patch_mask_evaluation import evaluate_patch_masks
+from vitexplain.training.patch_masks import PatchMaskSettings, train_patch_masks
+
+PREPROCESSING = Preprocessing((SIZE, SIZE), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), crop_fraction=1.0)
+TINY = PatchMaskSettings(
+    steps=6, batch_size=4, annotated_batch_size=3, learning_rate=1e-3, head_rate=2e-3, log_every=2, save_every=2
+)
+
+
+def vit(**options: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    shape = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, **options}
+    return VisionTransformer(img_size=SIZE, patch_size=PATCH, num_classes=CLASSES, **shape).eval()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    return stripes_examples(range(30))
+
+
+def train(model: nn.Module, examples: Sequence[Example], output: Path, **changes: Any) -> dict[str, Any]:
+    more = {name: changes.pop(name) for name in ("resume", "logs", "card", "validation") if name in changes}
+    settings = replace(TINY, **changes)
+    return train_patch_masks(model, examples, examples[:5], PREPROCESSING, output, settings, **more)
+
+
+def test_training_writes_an_ordinary_checkpoint_and_leaves_the_model_alone(
+    tmp_path: Path, examples: list[Example]
+) -> None:
+    model, output = vit().train(), tmp_path / "pm.safetensors"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    log = logging.getLogger(lightning.pytorch.__name__)
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record = train(model, examples, output, logs=tmp_path / "logs", card={"note": 1}, validation=examples[:6])
+    assert torch.equal(torch.rand(1), expected)
+    assert log.level == level
+    assert model.training
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    written = load_file(output)
+    assert written.keys() == before.keys()
+    assert {name: (each.shape, each.dtype) for name, each in written.items()} == {
+        name: (each.shape, each.dtype) for name, each in before.items()
+    }
+    assert not torch.equal(written["head.weight"], before["head.weight"])
+    assert not torch.equal(written["patch_embed.proj.weight"], before["patch_embed.proj.weight"])
+    assert record == json.loads(output.with_suffix(".json").read_text())
+    assert (record["method"], record["score"], record["note"]) == ("pm", "probability", 1)
+    assert (record["labelled"], record["annotated"]) == (30, 5)
+    assert [entry["step"] for entry in record["history"]] == [2, 4, 6]
+    assert (tmp_path / "logs" / "metrics.csv").read_text().count("\n") == 4
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["logs", "pm.json", "pm.safetensors"]
+    model.load_state_dict(written)
+    assert evaluate_patch_masks(model, examples[:6], PREPROCESSING).__dict__ == pytest.approx(record["after"])
+
+
+class Breaking(Sequence[Example]):
+    """Examples of which none can be had any more after so many."""
+
+    def __init__(self, examples: list[Example], left: int) -> None:
+        self.examples, self.left = examples, left
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.left -= not isinstance(index, slice)
+        if self.left < 0:
+            raise RuntimeError("the disk is gone")
+        return self.examples[index]
+
+
+@pytest.mark.parametrize("loss", ["balanced", "joint"])
+def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, examples: list[Example], loss: Any) -> None:
+    model = vit(proj_drop_rate=0.2, drop_path_rate=0.1)
+    unbroken = train(model, examples, tmp_path / "unbroken.safetensors", loss=loss)
+    output = tmp_path / "broken.safetensors"
+    with pytest.raises(RuntimeError, match="disk"):
+        train(model, Breaking(examples, 20), output, loss=loss)  # 4 a step, so 5 steps; saved after 2 and 4
+    assert sorted(each.name for each in tmp_path.glob("broken*")) == ["broken.safetensors.training"]
+    resumed = train(model, Breaking(examples, 8), output, loss=loss, resume=True)
+    assert resumed["history"] == unbroken["history"]
+    expected = load_file(tmp_path / "unbroken.safetensors")
+    for name, tensor in load_file(output).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: list[Example]) -> None:
+    class Interrupting(Breaking):
+        def __getitem__(self, index: Any) -> Any:
+            try:
+                return super().__getitem__(index)
+            except RuntimeError:
+                raise KeyboardInterrupt from None
+
+    handler, output = signal.getsignal(signal.SIGINT), tmp_path / "pm.safetensors"
+    with pytest.raises(VitExplainError, match=r"stopped after \d steps.*go on with resume"):
+        train(vit(), Interrupting(examples, 20), output)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [each.name for each in tmp_path.iterdir()] == ["pm.safetensors.training"]
+    assert train(vit(), examples, output, resume=True)["history"][-1]["step"] == TINY.steps
+
+
+def test_another_training_is_not_resumed(tmp_path: Path, examples: list[Example]) -> None:
+    output = tmp_path / "pm.safetensors"
+    with pytest.raises(RuntimeError):
+        train(vit(), Breaking(examples, 20), output)
+    with pytest.raises(CheckpointError, match="loss"):
+        train(vit(), examples, output, loss="plain", resume=True)
+    with pytest.raises(CheckpointError, match="data"):
+        train(vit(), examples[:20], output, resume=True)
+    with pytest.raises(CheckpointError, match="model"):
+        train(vit(qkv_bias=False), examples, output, resume=True)
+
+
+def test_what_lies_below_the_trained_blocks_stays_frozen(tmp_path: Path, examples: list[Example]) -> None:
+    model, output = vit(), tmp_path / "pm.safetensors"
+    train(model, examples, output, trained_blocks=1, head_rate=1e-2)
+    changed = {name for name, tensor in load_file(output).items() if not torch.equal(tensor, model.state_dict()[name])}
+    trained = {name for name in model.state_dict() if name.startswith(("blocks.1.", "norm.", "head."))}
+    assert changed == trained
+
+
+def test_rates_fall_with_depth_and_every_weight_has_one() -> None:
+    from vitexplain.training.patch_mask_module import parameter_groups
+
+    model = vit()
+    with Capture(model, Needs(states=frozenset({"out"}), from_block=-1)) as capture:
+        capture.forward(torch.randn(1, 3, SIZE, SIZE))
+        head = token_head(capture)
+    settings = PatchMaskSettings(learning_rate=1.0, head_rate=3.0, layer_decay=0.5, weight_decay=0.1)
+    groups = parameter_groups(adapt(model), head, settings)
+    found = {id(each): (group["rate"], group["weight_decay"]) for group in groups for each in group["params"]}
+    named = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(named)
+    assert named["head.weight"] == (3.0, 0.1)
+    assert named["head.bias"] == (3.0, 0.0)
+    assert named["norm.weight"] == (1.0, 0.0)
+    assert named["blocks.1.attn.qkv.weight"] == (1.0, 0.1)
+    assert named["blocks.0.attn.qkv.weight"] == (0.5, 0.1)
+    assert named["patch_embed.proj.weight"] == (0.25, 0.1)
+    assert named["pos_embed"] == named["cls_token"] == (0.25, 0.0)
+
+
+def test_dropout_works_in_training(tmp_path: Path, examples: list[Example]) -> None:
+    plain, dropping = (
+        train(vit(proj_drop_rate=rate), examples, tmp_path / "pm.safetensors")["history"] for rate in (0.0, 0.5)
+    )
+    assert plain[0]["classification_loss"] != dropping[0]["classification_loss"]
+
+
+def test_frozen_parts_rest_while_the_others_train(tmp_path: Path) -> None:
+    from vitexplain.training.patch_mask_module import PatchMaskModule, parameter_groups
+
+    model = vit(proj_drop_rate=0.5)
+    model.norm_pre = nn.BatchNorm1d(16)
+    settings = PatchMaskSettings(trained_blocks=1)
+    head = TokenHead(model.norm, None, (), 1)
+    parameter_groups(adapt(model), head, settings)
+    PatchMaskModule(adapt(model), head, settings, tmp_path / "state", {}).on_fit_start()
+    resting = [model.patch_embed, model.blocks[0], model.norm_pre]
+    assert not any(module.training for part in resting for module in part.modules())
+    assert all(module.training for module in model.blocks[1].modules())
+    assert model.norm.training
+
+
+@pytest.mark.parametrize("name", ["model.pt", "no_such_folder/model.safetensors"])
+def test_wrong_output(tmp_path: Path, examples: list[Example], name: str) -> None:
+    with pytest.raises(InputError, match="safetensors"):
+        train(vit(), examples, tmp_path / name)
+
+
+def test_a_model_without_such_a_head_is_refused(tmp_path: Path, examples: list[Example]) -> None:
+    with pytest.raises(UnsupportedModelError, match="generic_attention"):
+        train(vit(global_pool="map", class_token=False), examples, tmp_path / "pm.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_trains_the_embedded_model(tmp_path: Path) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from vitexplain import load_model
+    from vitexplain.training.patch_masks_command import train_pm_command
+
+    app, output = typer.Typer(), tmp_path / "pm.safetensors"
+    app.command()(train_pm_command)
+    arguments = [
+        *("--output", str(output), "--share", "0.5", "--validation", "2", "--data-option", "count=10"),
+        *("--set", "steps=2", "--set", "batch_size=2", "--set", "annotated_batch_size=2", "--set", "flip=false"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "after  accuracy" in result.output
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["labelled"], record["annotated"]) == (5, 3)
+    assert record["training"]["flip"] is False
+    assert record["training"]["layer_decay"] == 0.8
+    model = load_model("scenes", checkpoint=output)
+    assert load_checkpoint(output).state_dict().keys() == model.model.state_dict().keys()
+    assert get_explainer("pm", model)(torch.zeros(1, 3, 96, 96), 1).scores.shape == (1, 12, 12)
+    for wrong, message in (
+        (["--set", "stepz=2"], "stepz"),
+        (["--set", "steps"], "NAME=VALUE"),
+        (["--set", "steps=many"], "value like"),
+        (["--share", "0"], "--share"),
+    ):
+        failed = CliRunner().invoke(app, [*arguments, *wrong])
+        assert isinstance(failed.exception, Exception)
+        assert message in str(failed.exception)

@@ -1,0 +1,1 @@
+"""Vision DiffMask: gates that learn which patches a model can do without."""

@@ -1,0 +1,104 @@
+"""Heads fused while the model runs: for methods that read one matrix a block, and no gradient of it.
+
+The model's own kernel never shows its attention, so reading it means computing it a second time. Where one image's
+attention stays in the cache, computing it once, here, costs less: its product with the values is what the model goes
+on with, its mean (or maximum, or minimum) over the heads is all that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .attention import TILE_BYTES, Attention, AttentionOperands, Rows
+from .errors import CaptureError
+
+Fusion = Literal["mean", "max", "min"]
+"""How the heads of a block become one matrix."""
+
+FUSE: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
+"""The reduction of each `Fusion`; takes a tensor and the axis of the heads."""
+
+
+@dataclass(frozen=True, eq=False)
+class FusedAttention(Attention):
+    """One matrix in the place of a block's heads; values and gradients are not there to be read.
+
+    Attributes:
+        matrix: (B, 1, N, N).
+        mean: it is the mean over the heads, so its rows sum to 1.
+    """
+
+    matrix: Tensor
+    mean: bool
+
+    @property
+    def v(self) -> Tensor:  # type: ignore[override]
+        """Not kept."""
+        raise self._refusal("the values")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, 1, N, N)."""
+        batch, heads, rows, keys = self.matrix.shape
+        return batch, heads, rows, keys
+
+    @property
+    def stochastic(self) -> bool:
+        """True of a mean of distributions."""
+        return self.mean
+
+    def probabilities(self, rows: Rows = slice(None)) -> Tensor:
+        """Rows of the matrix (B, 1, T, N)."""
+        return self.matrix[:, :, rows]
+
+    def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """Not kept."""
+        raise self._refusal("the gradient")
+
+    def part(self, images: slice) -> FusedAttention:
+        """The matrices of some images of the batch."""
+        return FusedAttention(self.matrix[images], self.mean)
+
+    def output(self, tracked: Tensor) -> Tensor:
+        """Not kept."""
+        raise self._refusal("the output")
+
+    def _refusal(self, what: str) -> CaptureError:
+        return CaptureError(
+            f"{what} of this attention was not kept, since its heads were fused at once: ask for "
+            "Needs(attention=True) without `fusion`"
+        )
+
+
+def fuses_well(operands: AttentionOperands) -> bool:
+    """Whether fusing at once saves time and memory: full precision, few tokens, no bias or mask.
+
+    The matrix kept must not be larger than q and k, which are kept otherwise; and one image's attention has to fit in
+    a tile, or the model's own kernel, which never writes it to memory, is faster.
+    """
+    _, heads, tokens, keys = operands.shape
+    size = operands.q.element_size()
+    return (
+        operands.bias is None
+        and size >= 4
+        and tokens == keys <= 2 * heads * operands.q.shape[-1]
+        and heads * tokens * keys * size <= TILE_BYTES
+    )
+
+
+def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention, Tensor]:
+    """A with its heads fused, and O = A v (B, H, N, dh); image by image, so that A stays in the cache."""
+    batch, heads, tokens, keys = operands.shape
+    matrix = operands.q.new_empty(batch, 1, tokens, keys)
+    output = operands.v.new_empty(batch, tokens, heads, operands.v.shape[-1]).transpose(1, 2)
+    unused = matrix.new_empty(())
+    for image, (q, k, v) in enumerate(zip(operands.q, operands.k, operands.v, strict=True)):
+        weights = torch.baddbmm(unused, q, k.mT, beta=0, alpha=operands.scale).softmax(-1)
+        FUSE[fusion](weights, 0, out=matrix[image, 0])
+        output[image] = torch.bmm(weights, v)
+    return FusedAttention(matrix, fusion == "mean"), output

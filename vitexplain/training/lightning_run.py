@@ -1,0 +1,81 @@
+"""One Lightning training as all recipes here run it: on the model's device, quiet, and checked before it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError, VitExplainError
+
+
+def check_output(output: str | os.PathLike[str]) -> Path:
+    """The file that a training is to write, where that can be.
+
+    Raises:
+        InputError: it does not end in ``.safetensors``, or its folder does not exist.
+        VitExplainError: Lightning is not installed.
+    """
+    path = Path(output)
+    if path.suffix != ".safetensors" or not path.parent.is_dir():
+        raise InputError(f"found {path} to write to, expected a name ending in .safetensors in a folder that exists")
+    if importlib.util.find_spec("lightning") is None:
+        raise VitExplainError("training needs Lightning; install it with: pip install 'vitexplain[train]'")
+    return path
+
+
+def trainer(device: torch.device, logs: str | os.PathLike[str] | None, *, progress: bool) -> Any:
+    """A Lightning trainer for one pass over numbered batches on one device.
+
+    Args:
+        device: where the model is.
+        logs: folder for the figures of the course as ``metrics.csv``; None keeps none.
+        progress: whether to show a progress bar.
+    """
+    import lightning
+    from lightning.pytorch.loggers import CSVLogger
+
+    kinds = {"cuda": "gpu", "mps": "mps"}
+    return lightning.Trainer(
+        accelerator=kinds.get(device.type, "cpu"),
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        max_epochs=1,
+        logger=False if logs is None else CSVLogger(Path(logs), name="", version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Inside, training may seed, warn and be interrupted; outside, the caller's program goes on as it was.
+
+    Random state, warnings, logging and Ctrl-C are put back. Lightning's own advice about workers and its use of
+    deprecated parts of torch say nothing to our user; and where it is interrupted, it would end the whole program.
+    """
+    log = logging.getLogger("lightning.pytorch")
+    level, on_interrupt = log.level, signal.getsignal(signal.SIGINT)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+        finally:
+            log.setLevel(level)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)

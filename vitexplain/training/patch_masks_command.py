@@ -1,0 +1,177 @@
+"""The command ``vitexplain train pm``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError, OptionError, UnknownNameError
+
+if TYPE_CHECKING:
+    from ..data.example import Example
+    from ..models.loading import LoadedModel
+
+EXAMPLES = (
+    "[b]Examples[/b]\n\n"
+    "vitexplain train pm --output scenes-pm.safetensors\n\n"
+    "vitexplain train pm --model timm:vit_tiny_patch16_224 --data imagefolder:train --annotated folder:masks "
+    "--output pm.safetensors\n\n"
+    "vitexplain train pm --share 0.2 --pseudo-masks spectral_cut --set steps=500 --output pm.safetensors"
+)
+_SCENES = {"split": "train", "count": 10_000}
+
+SCENES_SETTINGS: Mapping[str, Any] = {
+    "steps": 1_000,
+    "batch_size": 32,
+    "learning_rate": 2e-4,
+    "head_rate": 1e-3,
+    "layer_decay": 0.8,
+    "smallest_crop": 0.6,
+}
+"""What the recipe changes for the embedded model, which is small and was trained on scenes seen whole."""
+
+
+def train_pm_command(
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Weights to write (.safetensors); a .json of the same name goes along."),
+    ],
+    model: Annotated[str, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = "scenes",
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights to begin with.  \\[default: the model's own]")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT:ROOT", help="Images with labels.  \\[default: 10000 training scenes]"),
+    ] = None,
+    data_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the reader of --data; may be repeated.")
+    ] = None,
+    annotated: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT:ROOT", help="Images with masks or boxes.  \\[default: a --share of --data]"),
+    ] = None,
+    annotated_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the reader of --annotated; may be repeated.")
+    ] = None,
+    share: Annotated[float, typer.Option(metavar="SHARE", help="Of --data, how much is used with its masks.")] = 0.01,
+    pseudo_masks: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Guess the masks: spectral_cut, or a method's map of the label."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A field of PatchMaskSettings; may be repeated."),
+    ] = None,
+    validation: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Images kept from --annotated to measure on; 0 measures nothing.")
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted training.")] = False,
+    logs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where metrics.csv goes.")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
+) -> None:
+    """Trains a model's classifier to name the object of each patch, from labels and a few masks, for the method pm."""
+    from ..models.loading import load_model
+    from .patch_mask_settings import PatchMaskSettings
+    from .patch_masks import train_patch_masks
+    from .pseudo_masks import with_pseudo_masks
+
+    defaults = {each.name: each.default for each in dataclasses.fields(PatchMaskSettings)}
+    started = {**(SCENES_SETTINGS if model == "scenes" else {}), **read_values("--set", setting or (), defaults)}
+    settings = PatchMaskSettings(**started)
+    loaded = load_model(model, checkpoint=checkpoint, device=device)
+    labelled = _open(data or "scenes", data_option or (), loaded, {} if data else _SCENES)
+    if annotated is None:
+        masked, labelled = _split(labelled, share, settings.seed)
+    else:
+        masked = _open(annotated, annotated_option or (), loaded, {})
+    kept, masked = masked[:validation], masked[validation:]
+    if not len(masked):
+        raise InputError(f"found {len(kept)} images with masks, all kept by --validation; expected some to train on")
+    if pseudo_masks is not None:
+        masked = with_pseudo_masks(masked, loaded.model, loaded.preprocessing, pseudo_masks)
+    record = train_patch_masks(
+        loaded.subject.adapter,
+        labelled,
+        masked,
+        loaded.preprocessing,
+        output,
+        settings,
+        validation=kept or None,
+        resume=resume,
+        logs=logs,
+        card=_card(model, checkpoint),
+        progress=True,
+    )
+    last = record["history"][-1]
+    typer.echo(f"Loss of classes {last['classification_loss']:.3f}, of masks {last['mask_loss']:.3f}.")
+    if record["after"]:
+        for name in ("before", "after"):
+            found = record[name]
+            typer.echo(
+                f"{name:<6} accuracy {found['accuracy']:.1%}, PxAP {found['pixel_average_precision']:.1%} "
+                f"(chance {found['chance']:.1%})"
+            )
+    typer.echo(f"Weights: {output.resolve()}. Explain with --method pm --option score={record['score']}")
+
+
+def read_values(option: str, texts: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as a mapping, each value of the type of its default.
+
+    Raises:
+        UnknownNameError: a name that has no default.
+        OptionError: a text without ``=``, or a value of another type.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"{option}: found {text!r}, expected NAME=VALUE")
+        if name not in defaults:
+            raise UnknownNameError.listing(f"name for {option}", name, defaults)
+        kind = type(defaults[name])
+        known = {"true": True, "false": False}
+        try:
+            values[name] = known[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise OptionError(f"{option}: found {text!r}, expected a value like {defaults[name]!r}") from None
+    return values
+
+
+def _open(spec: str, options: Sequence[str], loaded: LoadedModel, more: Mapping[str, Any]) -> Sequence[Example]:
+    """The examples of a data set; procedural ones are painted once, since painting costs more than a training step."""
+    from ..data import dataset_info, open_dataset
+
+    info = dataset_info(spec.partition(":")[0])
+    given = read_values("--data-option", options, {each.name: each.default for each in info.options})
+    examples = open_dataset(spec, labels=loaded.labels, **{**more, **given})
+    return list(examples) if info.root == "nothing" else examples
+
+
+def _split(examples: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
+    """A random share of the examples, and the others."""
+    import numpy as np
+
+    from ..data import ExampleSequence
+
+    count = round(share * len(examples))
+    if not 0 < count < len(examples):
+        raise OptionError(f"--share: found {share}, which is {count} of {len(examples)} images; expected some, not all")
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    if isinstance(examples, ExampleSequence):
+        return examples.select(order[:count]), examples.select(order[count:])
+    return [examples[index] for index in order[:count]], [examples[index] for index in order[count:]]
+
+
+def _card(model: str, checkpoint: Path | None) -> dict[str, Any]:
+    """What a checkpoint of the embedded model says about itself, so that it can be built again."""
+    if model != "scenes":
+        return {}
+    from ..models.embedded import read_checkpoint_card, scenes_card
+
+    card = scenes_card() if checkpoint is None else read_checkpoint_card(checkpoint)
+    return {name: card[name] for name in ("architecture", "classes", "mean", "std", "input_size") if name in card}
