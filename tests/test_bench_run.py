@@ -205,7 +205,7 @@ run_bench(BenchConfiguration.from_mapping(json.loads(sys.argv[1])), Path(sys.arg
 
 
 def test_killed_again_and_again_it_comes_to_the_same(unbroken: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     before = -1
     for writes in (3, 6, 8):
         words = [sys.executable, "-c", KILLED, json.dumps(TINY), str(tmp_path), str(writes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def test_verdicts_follow_from_cpu_time() -> None:
     assert report.endswith("facts\n")
 
 
-def test_every_candidate_runs() -> None:
+@pytest.mark.peers
+def test_every_candidate_runs(quantus: ModuleType) -> None:
     model, images = measuring.random_vit("vit_tiny_patch16_224", 96, depth=1), measuring.random_images(2, 96)
     runs = metric_cost.candidates(model, images, batch_size=4)
     assert set(metric_cost.LIMITS) | set(metric_cost.OTHERS) < set(runs)
@@ -41,8 +43,11 @@ def test_every_candidate_runs() -> None:
     assert flipped.shape == (2, metric_cost.QUANTUS_STEPS)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--only", "delition"]])
-def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused(
+    quantus: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         metric_cost.main(arguments)
     assert "error: " in capsys.readouterr().err
