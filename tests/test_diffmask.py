@@ -29,11 +29,11 @@ from vitexplain import (
 from vitexplain.diffmask.checkpoint import load_checkpoint
 from vitexplain.diffmask.constraint import divergence
 from vitexplain.diffmask.evaluation import evaluate
-from vitexplain.diffmask.fingerprint import fingerprint, same_weights
 from vitexplain.diffmask.masking import STATE_NEEDS, MaskedModel, amortised_log_kept, class_token, hard_mask
 from vitexplain.diffmask.refinement import _enough_by_rank, refined
 from vitexplain.methods.diffmask import DiffMask
 from vitexplain.methods.diffmask_class import ClassDiffMask
+from vitexplain.models.fingerprint import fingerprint, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 

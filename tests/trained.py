@@ -13,10 +13,10 @@ from torch import nn
 import vitexplain
 from vitexplain import Explainer, adapt, method_info
 from vitexplain.diffmask.checkpoint import save_checkpoint
-from vitexplain.diffmask.fingerprint import weights_digest
 from vitexplain.diffmask.gates import Gates, GateShape
 from vitexplain.diffmask.masking import class_features
 from vitexplain.models.adapter import ModelAdapter
+from vitexplain.models.fingerprint import weights_digest
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import save_json, write_whole
 from ..models.adapter import ModelAdapter
+from ..models.fingerprint import fingerprint, same_weights
 from ..models.weights import load_strictly, read_state
 from .constraint import CONSTRAINTS, Constraint
-from .fingerprint import fingerprint, same_weights
 from .gates import Gates, GateShape
 from .masking import class_features
 

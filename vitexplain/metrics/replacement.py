@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .draws import generators
 from .predictor import Predictor
 
 BLUR_KERNEL, BLUR_SIGMA = 11, 5.0
@@ -55,9 +55,8 @@ def _blur(inputs: Tensor, predictor: Predictor, seed: int) -> Tensor:
 
 
 def _noise(inputs: Tensor, predictor: Predictor, seed: int) -> Tensor:
-    pixels = inputs.float().cpu().contiguous().numpy()
-    generators = [torch.Generator().manual_seed(zlib.crc32(image, seed)) for image in pixels]
-    return torch.stack([torch.empty(inputs.shape[1:]).uniform_(-1, 1, generator=each) for each in generators])
+    own = generators(inputs, seed)
+    return torch.stack([torch.empty(inputs.shape[1:]).uniform_(-1, 1, generator=each) for each in own])
 
 
 def _image_mean(inputs: Tensor, predictor: Predictor, seed: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from ..errors import ExplanationWarning, InputError, OptionError, UnknownNameErr
 from ..explainer import Subject
 from ..preprocessing import Preprocessing
 from . import adapt
+from .fingerprint import weights_digest
 from .hub import fetch_pretrained
 from .labels import find_class, imagenet_labels, read_labels
 from .weights import first_line, load_strictly, read_state
@@ -75,14 +75,10 @@ class LoadedModel:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, JSON-able: name, weights, SHA-256 of their content, preprocessing."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return {
             "name": self.name,
             "weights": self.weights,
-            "sha256": digest.hexdigest(),
+            "sha256": weights_digest(self.model),
             "num_classes": self.num_classes,
             "preprocessing": self.preprocessing.to_dict(),
         }

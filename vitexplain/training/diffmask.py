@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import logging
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import nn
 
 from ..diffmask.checkpoint import save_checkpoint
-from ..diffmask.fingerprint import weights_digest
 from ..diffmask.masking import MaskedModel
 from ..errors import ExplanationWarning, InputError, OptionError, VitExplainError
 from ..models import adapt
 from ..models.adapter import ModelAdapter
+from ..models.fingerprint import weights_digest
 from .diffmask_learner import DiffMaskLearner
 from .diffmask_settings import DiffMaskSettings
+from .lightning_run import undisturbed
 
 if TYPE_CHECKING:
     from .diffmask_module import DiffMaskModule
@@ -108,7 +106,8 @@ def train_diffmask(
     module = DiffMaskModule(learner, chosen, _state_file(output), _identity(masked, settings))
     if resume and module.state.is_file():
         module.resume()
-    with _model_put_back(masked.adapter.model), _quiet(), _interrupts_passed_on():
+    place = next(masked.adapter.model.parameters()).device
+    with _model_put_back(masked.adapter.model), undisturbed(place):
         _trainer(masked.adapter, logs, precision, devices, progress).fit(module, Batches(images, module))
     if not module.finished:
         raise KeyboardInterrupt(
@@ -216,31 +215,3 @@ def _model_put_back(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.to(place)
-
-
-@contextmanager
-def _interrupts_passed_on() -> Iterator[None]:
-    """Ctrl-C ends training, and not the caller's program as Lightning would have it, which also turns Ctrl-C off."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's own advice, which says nothing to our user."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            log.setLevel(level)

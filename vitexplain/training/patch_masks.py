@@ -24,11 +24,11 @@ from torch import nn
 from ..capture import Capture
 from ..data.entries import ExampleSequence
 from ..data.example import Example
-from ..diffmask.fingerprint import weights_digest
 from ..errors import VitExplainError
 from ..files import save_json, write_whole
 from ..models import adapt, unwrap
 from ..models.adapter import ModelAdapter
+from ..models.fingerprint import weights_digest
 from ..models.token_head import TokenHead, token_head
 from ..preprocessing import Preprocessing
 from ..record import Needs
