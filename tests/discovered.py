@@ -33,12 +33,13 @@ def _hugging_face(name: str, options: dict[str, Any] = HUGGING_FACE, **more: Any
     return build
 
 
-def _image_text(name: str) -> Callable[[], nn.Module]:
+def _image_text(name: str, **vision: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
         text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        config = getattr(transformers, f"{name}Config")(vision_config=dict(SQUARE), text_config=text, num_labels=7)
+        sizes = {**SQUARE, **vision}
+        config = getattr(transformers, f"{name}Config")(vision_config=sizes, text_config=text, num_labels=7)
         return getattr(transformers, f"{name}ForImageClassification")(config)
 
     return build
@@ -60,6 +61,18 @@ def _dinov3() -> nn.Module:
     import transformers
 
     return WithHead(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HUGGING_FACE, num_register_tokens=2)))
+
+
+def _siglip_pool() -> nn.Module:
+    import transformers
+
+    return WithHead(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SQUARE)))
+
+
+def _siglip2() -> nn.Module:
+    from vitexplain.models.patch_input import PatchInput
+
+    return PatchInput(_image_text("Siglip2", num_patches=16)())
 
 
 def _torchvision() -> nn.Module:
@@ -156,7 +169,9 @@ DISCOVERED: dict[str, Family] = {
     ),
     "hf_dinov3": Family(_dinov3, 3, first_token),
     "hf_clip": _square(_image_text("CLIP"), 1, mean_of_patches(1)),
-    "hf_siglip": _square(_image_text("Siglip"), 0, None),
+    "hf_siglip": _square(_image_text("Siglip"), 0, _uniform),
+    "siglip_pool": _square(_siglip_pool, 0, None),
+    "siglip2": Family(_siglip2, 0, _uniform, (5, 3), (40, 24)),
     "torchvision": _square(_torchvision, 1, first_token),
     "own": Family(Own, 3, _uniform),
     "own_batch_second": Family(functools.partial(Own, batch_first=False), 3, _uniform),  # as in OpenAI's CLIP

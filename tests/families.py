@@ -120,6 +120,7 @@ NOT_DEFINED: dict[tuple[str, str], str] = {
     ("tokentm", "differential"): "attention and feed-forward leave the block as one sum",
     ("tokentm", "several_attentions"): "a token has several values in one block",
     ("pm", "attention_pool"): "the head reads what attention pooled, not tokens",
+    ("pm", "siglip_pool"): "the head reads what attention pooled, not tokens",
     ("pm", "own_attention_pool"): "the head reads what attention pooled, not tokens",
 }
 """Methods that a family's mathematics does not allow, and why; they must raise `UnsupportedModelError`."""

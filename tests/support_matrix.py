@@ -41,6 +41,8 @@ TITLES = {
     "hf_dinov3": "transformers `DINOv3ViTModel` with a linear head",
     "hf_clip": "transformers `CLIPForImageClassification`",
     "hf_siglip": "transformers `SiglipForImageClassification`",
+    "siglip_pool": "transformers `SiglipVisionModel` with a linear head on its attention pool",
+    "siglip2": "transformers `Siglip2ForImageClassification`, any image size (NaFlex)",
     "torchvision": "torchvision `VisionTransformer`",
     "own": "your own model on `nn.MultiheadAttention`",
     "own_batch_second": "your own model, tokens before batch (OpenAI CLIP)",

@@ -114,7 +114,7 @@ def test_pooling_is_measured(name: str) -> None:
         assert adapter.pool is not None
 
 
-@pytest.mark.parametrize("name", ["hf_siglip", "own_attention_pool"])
+@pytest.mark.parametrize("name", ["siglip_pool", "own_attention_pool"])
 def test_the_seed_row_of_an_attention_pool_is_its_attention(name: str) -> None:
     model, images = make_model(name), make_images(name)
     tokens: list[Tensor] = []

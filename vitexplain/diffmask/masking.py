@@ -14,6 +14,7 @@ from ..borrowing import borrowed
 from ..capture import Capture
 from ..errors import CaptureError, UnsupportedModelError
 from ..layout import Arrangement, from_tokens, to_tokens
+from ..models.patch_input import PatchInput
 from ..record import Needs
 from .gates import Gates, log_kept
 
@@ -46,6 +47,8 @@ class PatchEmbedding:
             UnsupportedModelError: there is none.
         """
         model: Any = adapter.model
+        if isinstance(model, PatchInput):
+            return cls(model.embedding, adapter.logits, "BND")
         embeds = getattr(model, "embeds", None)
         if isinstance(embeds, nn.Module):  # NaFlexViT, where the same module adds positions
             return cls(embeds.get_submodule("norm"), embeds, "BHWD")

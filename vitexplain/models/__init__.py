@@ -55,7 +55,10 @@ def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
         if is_cait(module):
             return CaitAdapter(module)
     from .discovery import DiscoveredAdapter
+    from .patch_input import PatchInput, takes_patches
 
+    if takes_patches(module):
+        module = PatchInput(module)
     try:
         return DiscoveredAdapter(module)
     except UnsupportedModelError as error:

@@ -56,6 +56,8 @@ class DiscoveredAdapter(UnknownModelAdapter):
         if seen.stacked:
             self._check_batches(images, blocks[0])
         pool = find_pool(seen, self._tokens, self.num_prefix_tokens)
+        if pool is not None and not self._reads(pool, images):
+            pool = None
         self.pool = None if pool is None else BlockModules(pool, pool)
         self._seed = None if pool is not None else self._measured_pooling(images)
 
@@ -166,6 +168,21 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 "the model stacks the attention of its heads and images in an order that mixes images; expected images "
                 "first, (B·H, N, N) or (B, H, N, N)"
             )
+
+    def _reads(self, pool: nn.Module, images: Tensor) -> bool:
+        """Whether the logits depend on what an attention pool puts out; some models compute it and go another way."""
+
+        def flip(_: nn.Module, __: Any, output: Any) -> Any:
+            return (-output[0], *output[1:]) if isinstance(output, tuple) else -output
+
+        with torch.no_grad(), borrowed(self.model), self.prepared():
+            before = self.run(images)
+            handle = pool.register_forward_hook(flip)
+            try:
+                after = self.run(images)
+            finally:
+                handle.remove()
+        return not torch.equal(before, after)
 
     def _measured_pooling(self, images: Tensor) -> Tensor:
         """(N,), sum 1: the norms of the gradients at the final tokens, all made equal.
