@@ -7,7 +7,7 @@ import torch
 from families import make_images, make_model
 from torch import nn
 
-from vitexplain import UnsupportedModelError, adapt, get_explainer
+from vitexplain import InputError, UnsupportedModelError, adapt, get_explainer
 from vitexplain.capture import Capture
 from vitexplain.models.patch_input import PatchInput, takes_patches
 from vitexplain.record import Needs
@@ -74,3 +74,9 @@ def test_attention_equals_the_models_eager_attention() -> None:
     assert len(eager) == len(capture.blocks)
     for block, attention in zip(capture.blocks, eager, strict=True):
         torch.testing.assert_close(block.attention(), attention, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["naflex", "siglip2"])
+def test_inputs_by_name_are_refused(family: str) -> None:
+    with pytest.raises(InputError, match="'patches', 'patch_valid', expected images"):
+        get_explainer("rollout", make_model(family))({"patches": torch.zeros(1, 15, 192), "patch_valid": None})

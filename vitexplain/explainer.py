@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -60,10 +60,16 @@ class Subject:
         """Pictures or files as the model's input (B, 3, H, W); tensors pass as they are.
 
         Raises:
-            InputError: a file cannot be read, or pictures were given and the preprocessing is not known.
+            InputError: a file cannot be read, pictures were given and the preprocessing is not known, or what was
+                given are the named inputs of a model.
         """
         if isinstance(images, Tensor):
             return images[None] if images.ndim == 3 else images
+        if isinstance(images, Mapping):
+            raise InputError(
+                f"found a mapping with {', '.join(map(repr, images))}, expected images: a tensor (B, C, H, W) of one "
+                "size (patches are cut here where a model wants them; images of different sizes go one size at a time)"
+            )
         if self.preprocessing is None:
             raise InputError(
                 "pictures were given, but how this model wants them is not known: pass a normalised tensor "
