@@ -76,7 +76,7 @@ def test_attention_equals_the_models_eager_attention() -> None:
         torch.testing.assert_close(block.attention(), attention, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["naflex", "siglip2"])
-def test_inputs_by_name_are_refused(family: str) -> None:
+@pytest.mark.parametrize("name", ["naflex", "siglip2"])
+def test_inputs_by_name_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="'patches', 'patch_valid', expected images"):
-        get_explainer("rollout", make_model(family))({"patches": torch.zeros(1, 15, 192), "patch_valid": None})
+        get_explainer("rollout", make_model(name))({"patches": torch.zeros(1, 15, 192), "patch_valid": None})
