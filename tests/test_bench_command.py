@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitexplain.bench import figures, open_results
-from vitexplain.bench.locking import locked
 from vitexplain.cli import app
+from vitexplain.locking import locked
 from vitexplain.metrics.catalogue import list_metrics, metric_info
 
 

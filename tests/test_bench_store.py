@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from vitexplain import ExportError
-from vitexplain.bench.keys import digest, example_digest, seed_of
-from vitexplain.bench.locking import locked
 from vitexplain.bench.store import CellStore, Columns
 from vitexplain.data.example import Example
+from vitexplain.keys import digest, example_digest, seed_of
+from vitexplain.locking import locked
 
 KEY = digest("test")
 
@@ -133,7 +133,7 @@ def test_the_content_of_an_example_counts_and_not_its_place(tmp_path: Path) -> N
 HOLD = """
 import sys, time
 from pathlib import Path
-from vitexplain.bench.locking import locked
+from vitexplain.locking import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

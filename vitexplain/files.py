@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .errors import ExportError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
 
 _LONGEST_NAME = 150  # bytes of a name; file systems allow 255, and method, class and suffix follow
@@ -162,3 +163,19 @@ def _clean(name: str) -> str:
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFKD", name).casefold())
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """A table as a Parquet file with checksums, on the disk when this returns.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    def write(file: BinaryIO) -> None:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_whole(path, write)

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..data.batches import ExampleBatch
 from ..errors import InputError
+from ..keys import digest, seed_of
 from ..method import Method
 from ..metrics.batches import explain_quietly, explaining
 from ..metrics.metric import Metric, MetricBatch, diagnose
 from ..metrics.predictor import Predictor
 from ..metrics.tally import Rows, measure, own_statistics
 from ..models.loading import LoadedModel
+from ..randomness import seeded
 from .configuration import BenchConfiguration
 from .image_set import Chunk, ImageSet
-from .keys import digest, seed_of
 from .predictions import predict
-from .randomness import seeded
 from .store import CellStore, Columns
 
 ANNOTATIONS = frozenset({"labels", "masks", "boxes"})

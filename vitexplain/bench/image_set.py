@@ -10,9 +10,9 @@ from tqdm import tqdm
 from ..data.batches import ExampleBatch, load_examples
 from ..data.entries import ExampleSequence
 from ..errors import InputError
+from ..keys import digest, example_digest
 from ..preprocessing import Preprocessing
 from .entries import SELECTIONS, DataEntry
-from .keys import digest, example_digest
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from ..errors import ExplanationWarning, VitExplainError
+from ..keys import digest
 from ..models.loading import LoadedModel, load_model
+from ..randomness import seeded
 from .chunk_run import ANNOTATIONS, ChunkRun, Plan
 from .cost import MOST_IMAGES, measure_cost
 from .entries import ModelEntry
-from .keys import digest
-from .randomness import seeded
 from .store import Columns
 
 

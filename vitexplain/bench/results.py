@@ -162,7 +162,7 @@ def write_figures(folder: Path, figures: Sequence[FigureRow]) -> None:
     """
     import pyarrow as pa
 
-    from .store import write_parquet
+    from ..files import write_parquet
 
     kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     schema = pa.schema(

@@ -18,17 +18,17 @@ from tqdm import tqdm
 from ..data.catalogue import open_dataset
 from ..errors import CheckpointError, InputError
 from ..files import make_folder, save_json
+from ..keys import digest
+from ..locking import locked
 from ..metrics.tally import Rows, concatenate
 from ..options import Configurable
+from ..randomness import seeded
 from .chunk_run import Plan
 from .configuration import BenchConfiguration
 from .extra import require
 from .figures import CONFIDENCE, PERMUTATIONS, RESAMPLES, FigureRow, compute_figures, figure_rows
 from .image_set import ImageSet
-from .keys import digest
-from .locking import locked
 from .model_run import ModelOutcome, run_model
-from .randomness import seeded
 from .report import write_report
 from .results import RUN, BenchResults, Measured, write_figures, write_rows
 from .store import CellStore, Columns

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..files import write_whole
+from ..files import write_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,22 +75,6 @@ class CellStore:
         """Removes all cells."""
         for path in self.folder.glob("*/*.parquet"):
             path.unlink(missing_ok=True)
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """A table as a Parquet file with checksums, on the disk when this returns.
-
-    Raises:
-        ExportError: the file cannot be written.
-    """
-    import pyarrow.parquet as pq
-
-    def write(file: BinaryIO) -> None:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
-
-    write_whole(path, write)
 
 
 def table_of(columns: Columns, about: Mapping[str, Any]) -> pa.Table:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import ExportError
-from ..files import make_folder, save_json
+from .errors import ExportError
+from .files import make_folder, save_json
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.example import Example
+from .data.example import Example
 
 LAYOUT_VERSION = 1
 """Part of every key; raised when the same settings come to mean other stored values."""

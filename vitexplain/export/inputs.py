@@ -1,0 +1,79 @@
+"""What the inputs of an export mean: files, folders, patterns, lists, tables, tar shards; local or remote."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath
+
+from ..errors import InputError
+from ..images import IMAGE_SUFFIXES, find_images
+from .entries import Entry
+from .storage import find_remote, is_url
+from .tables import TABLE_SUFFIXES, TableColumns, entries_of_table
+from .tar_shards import TAR_SUFFIXES, entries_of_tar
+
+Place = str | os.PathLike[str]
+
+
+def list_entries(
+    inputs: Place | Sequence[Place], columns: TableColumns, class_index: Callable[[str], int]
+) -> list[Entry]:
+    """All images of an export, in the order of the inputs; the same picture with the same target once.
+
+    An input is an image, a folder (searched recursively, in sorted order), a pattern such as ``photos/*.jpg``, a list
+    of paths (``.txt``), a table (``.csv``, ``.parquet``), an uncompressed tar shard (``.tar``), or a URL of any of
+    these that fsspec understands.
+
+    Args:
+        inputs: one or several.
+        columns: how tables are read.
+        class_index: the class that a table's target names.
+
+    Raises:
+        InputError: an input is not there, cannot be read, or holds no images.
+    """
+    inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    if not inputs:
+        raise InputError("no inputs given: expected at least one image, folder, pattern, list, table or tar shard")
+    found: dict[object, Entry] = {}
+    for each in map(os.fsdecode, inputs):
+        entries = [entry for file in _files(each) for entry in _entries(file, columns, class_index)]
+        if not entries:
+            raise InputError(f"no images in {each!r}: expected at least one")
+        for entry in entries:
+            found.setdefault(entry.identity, entry)
+    return list(found.values())
+
+
+def _files(text: str) -> list[str]:
+    """The files that one input names; lists, tables and shards among them."""
+    if is_url(text):
+        return find_remote(text, _is_image, lambda path: _is_image(path) or _is_container(path))
+    text = os.path.expanduser(text)
+    if os.path.isfile(text) or not glob.has_magic(text):
+        return [text] if os.path.isfile(text) else [os.fspath(path) for path in find_images(text)]
+    containers = sorted(path for path in glob.glob(text, recursive=True) if _is_container(path))
+    if containers:
+        return containers
+    return [os.fspath(path) for path in find_images(text)]
+
+
+def _entries(file: str, columns: TableColumns, class_index: Callable[[str], int]) -> Iterator[Entry]:
+    suffix = PurePosixPath(file).suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        yield from entries_of_table(file, columns, class_index)
+    elif suffix in TAR_SUFFIXES:
+        yield from entries_of_tar(file)
+    else:
+        yield Entry(file, file if is_url(file) else os.path.abspath(file))
+
+
+def _is_image(path: str) -> bool:
+    name = PurePosixPath(path)
+    return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
+
+
+def _is_container(path: str) -> bool:
+    return PurePosixPath(path).suffix.lower() in TABLE_SUFFIXES | TAR_SUFFIXES

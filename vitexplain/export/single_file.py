@@ -1,0 +1,97 @@
+"""An export as one file: NumPy's `.npz`, or HDF5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import write_whole
+from .extra import require
+
+if TYPE_CHECKING:
+    import h5py
+
+    from .results import HeatmapExport
+
+_HDF5_SUFFIXES = (".h5", ".hdf5")
+
+
+def save_export(export: HeatmapExport, path: Path) -> Path:
+    """Writes a finished export into one file, whole or not at all.
+
+    For n images and K targets, it holds ``scores/METHOD`` (n, K, h, w) float32, NaN where an image failed; ``class``
+    (n, K) int64, -1 there; ``probability`` (n, K) float64, NaN there; ``path`` and ``error`` (n,) texts.
+
+    Args:
+        export: the export.
+        path: ``.npz``, which has to fit into memory; or ``.h5`` or ``.hdf5``, which does not.
+
+    Raises:
+        InputError: another suffix, or the export is not finished.
+        ExportError: the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", *_HDF5_SUFFIXES):
+        raise InputError(f"found suffix {path.suffix!r} in {str(path)!r}, expected .npz, .h5 or .hdf5")
+    if not export.complete:
+        raise InputError(f"the export in {str(export.folder)!r} is not finished: run it again to go on, then save it")
+    if suffix == ".npz":
+        return write_whole(path, lambda file: _write_npz(export, file))
+    require("h5py")
+    return write_whole(path, lambda file: _write_hdf5(export, file))
+
+
+def _write_npz(export: HeatmapExport, file: BinaryIO) -> None:
+    arrays: dict[str, Any] = {
+        f"scores/{method}": np.concatenate(list(_scores(export, method))) for method in export.methods
+    }
+    np.savez_compressed(file, **(arrays | _figures(export)))
+
+
+def _write_hdf5(export: HeatmapExport, file: BinaryIO) -> None:
+    import h5py
+
+    with h5py.File(file.name, "w") as target:  # by name: HDF5 has to read what it writes
+        for method in export.methods:
+            _write_scores(export, method, target)
+        for name, values in _figures(export).items():
+            texts = values.dtype.kind == "U"
+            target.create_dataset(name, data=values.astype(object) if texts else values)
+
+
+def _write_scores(export: HeatmapExport, method: str, target: h5py.File) -> None:
+    size, targets = len(export), export.settings.num_targets
+    grid = tuple(export.manifest["methods"][method]["grid"])
+    chunks = (min(size, 32), targets, *grid)
+    dataset = target.create_dataset(
+        f"scores/{method}", (size, targets, *grid), np.float32, chunks=chunks, compression="gzip", fletcher32=True
+    )
+    start = 0
+    for scores in _scores(export, method):
+        dataset[start : start + len(scores)] = scores
+        start += len(scores)
+
+
+def _scores(export: HeatmapExport, method: str) -> Iterator[np.ndarray[Any, Any]]:
+    return (export.all_scores(method, shard) for shard in range(export.num_shards))
+
+
+def _figures(export: HeatmapExport) -> dict[str, Any]:
+    """What there is of each image and target, whatever the method: rows of the first one."""
+    table = export.table(["path", "class", "probability", "error"])
+    shape = (len(export), len(export.methods), export.settings.num_targets)
+
+    def first(name: str, values: Any) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = np.asarray(values).reshape(shape)[:, 0]
+        return found[:, 0].astype(str) if name in ("path", "error") else found
+
+    return {
+        "class": first("class", table["class"].fill_null(-1)),
+        "probability": first("probability", table["probability"].fill_null(float("nan"))),
+        "path": first("path", table["path"]),
+        "error": first("error", table["error"].fill_null("")),
+    }
