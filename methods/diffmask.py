@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitexplain.capture import Capture
 from vitexplain.diffmask.checkpoint import TrainedGates, load_checkpoint
+from vitexplain.diffmask.evaluation import MaskReport, judge
 from vitexplain.diffmask.gates import log_kept
 from vitexplain.diffmask.hard_concrete import log_survival
-from vitexplain.diffmask.masking import STATE_NEEDS, MaskedModel, PatchStates
+from vitexplain.diffmask.masking import STATE_NEEDS, MaskedModel, PatchStates, hard_mask
 from vitexplain.diffmask.refinement import refined
-from vitexplain.errors import CheckpointError, NotTrainedError, UnsupportedModelError
+from vitexplain.errors import CheckpointError, InputError, NotTrainedError, TargetError, UnsupportedModelError
 from vitexplain.method import Method
+from vitexplain.models import adapt
+from vitexplain.models.shipped import shipped_checkpoint
 from vitexplain.options import option
 from vitexplain.record import Needs
 from vitexplain.registry import register_method
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
 
+    from vitexplain.explanation import Explanation
     from vitexplain.models.adapter import ModelAdapter
 
 
@@ -52,7 +56,9 @@ class DiffMask(Method):
     the device has it: the product comes so close to 0 and to 1 that float32 could not tell patches apart.
     """
 
-    checkpoint: str = option("", "file that `vitexplain train diffmask` wrote (.safetensors)")
+    checkpoint: str = option(
+        "", "file that `vitexplain train diffmask` wrote (.safetensors); empty: what ships for the model, if anything"
+    )
     depth: int = option(-1, "last depth whose gate takes part, 0 to L + 1; negative counts from the last")
     aggregate: bool = option(True, "product of all gates up to `depth`; False: the gate of that depth alone")
     scale: str = option(
@@ -72,7 +78,7 @@ class DiffMask(Method):
         """Scores (B, h, w), float64 where the device has it."""
         masked = MaskedModel(capture.adapter)
         found = PatchStates.of(capture, masked.embedding.tokens(capture.images))
-        trained = self._trained(capture, found.states[0].dtype)
+        trained = self._trained(capture.adapter, capture.images.device, found.states[0].dtype)
         classes = self._classes(capture)
         features = None if trained.features is None else trained.features[classes]
         logits = trained.gates(found.states[: self._depth(len(found.states)) + 1], features)
@@ -92,6 +98,35 @@ class DiffMask(Method):
         if self.scale == "log_probability":
             return scores
         return (scores.double() if scores.device.type != "mps" else scores).exp()
+
+    def report(self, model: nn.Module | ModelAdapter, explanation: Explanation) -> MaskReport:
+        """What the hard masks of these maps keep, and how far the model's answers to the masked images have moved.
+
+        A map whose masked image is answered otherwise explains nothing: gates are right on average, not always. Two
+        forward passes.
+
+        Args:
+            model: the model that was explained, or its adapter.
+            explanation: what this method, with the same options, made of it; one target an image.
+
+        Raises:
+            TargetError: several targets an image.
+            InputError: the explanation is of another method, or was put together without the images.
+        """
+        images = explanation.inputs
+        if images is None or explanation.method != self.info.name:
+            lacks = "without its images" if images is None else f"of the method {explanation.method}"
+            raise InputError(f"found an explanation {lacks}, expected one that {self.info.name} made of this model")
+        if explanation.scores.ndim != 3:
+            raise TargetError(f"found {explanation.scores.shape[1]} targets an image, expected one: explain one class")
+        scores = explanation.scores.to(images.device).flatten(1)
+        mask = hard_mask(scores if self.scale == "log_probability" else scores.log())
+        trained = self._trained(adapt(model), images.device, torch.promote_types(images.dtype, torch.float32))
+        replacement = trained.gates.replacement
+        logits, classes = explanation.logits, explanation.targets
+        return judge(
+            MaskedModel(adapt(model)), replacement, images, logits, mask.to(replacement), trained.constraint, classes
+        )
 
     def fit(
         self,
@@ -116,18 +151,20 @@ class DiffMask(Method):
         train_diffmask(model, images, output, DiffMaskSettings(**settings), validation=validation)
         return replace(self, checkpoint=str(output))
 
-    def _trained(self, capture: Capture, dtype: torch.dtype) -> TrainedGates:
-        if not self.checkpoint:
+    def _trained(self, adapter: ModelAdapter, device: torch.device, dtype: torch.dtype) -> TrainedGates:
+        checkpoint = self.checkpoint or shipped_checkpoint(self.info.name, adapter.model)
+        if checkpoint is None:
+            constraint = " --constraint class" if self.info.class_specific else ""
             raise NotTrainedError(
-                "diffmask learns a model before it explains it, and was given no checkpoint. Train one with "
-                "`vitexplain train diffmask --model … --data … --output gates.safetensors` or explainer.fit(images, "
-                "output), then pass checkpoint='gates.safetensors'"
+                f"{self.info.name} learns a model before it explains it, was given no checkpoint, and none ships for "
+                f"these weights. Train one with `vitexplain train diffmask --model … --data …{constraint} --output "
+                "gates.safetensors` or explainer.fit(images, output), then pass checkpoint='gates.safetensors'"
             )
-        trained = load_checkpoint(self.checkpoint, capture.adapter, capture.images.device, dtype)
+        trained = load_checkpoint(checkpoint, adapter, device, dtype)
         if (trained.features is not None) is not self.info.class_specific:
             ours, other = ("no class", "diffmask_class") if trained.features is not None else ("a class", "diffmask")
             raise CheckpointError(
-                f"the gates in {self.checkpoint!r} were trained with the constraint {trained.constraint!r}; "
+                f"the gates in {str(checkpoint)!r} were trained with the constraint {trained.constraint!r}; "
                 f"{self.info.name} expects gates that are told {ours}: use the method {other}, or train others"
             )
         return trained

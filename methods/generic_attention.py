@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vitexplain.attention import RowTile
-from vitexplain.method import ResidualMethod
+from vitexplain.method import GradientMethod, ResidualMethod
 from vitexplain.record import BlockRecord, Needs
 from vitexplain.registry import register_method
 
@@ -21,7 +21,7 @@ from vitexplain.registry import register_method
     aliases=("gae", "generic_attention_explainability", "transformer_mm", "chefer_iccv21"),
 )
 @dataclass(frozen=True)
-class GenericAttention(ResidualMethod):
+class GenericAttention(GradientMethod, ResidualMethod):
     r"""Attention weighted by its own positive gradient, followed through all blocks.
 
     .. math:: R \leftarrow R + \mathrm{E}_h[(G_l \circ A_l)^+]\,R, \qquad m = s\,R
@@ -32,7 +32,7 @@ class GenericAttention(ResidualMethod):
     @property
     def needs(self) -> Needs:
         """Attention and its gradient."""
-        return replace(super().needs, attention_gradient=True)
+        return replace(super().needs, attention_gradient=True, backward=self.backward)
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · E_h[(G∘A)+]."""

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitexplain.capture import Capture
-from vitexplain.method import Method
-from vitexplain.options import option
-from vitexplain.record import Needs
+from vitexplain.activation_maps import ActivationMap
 from vitexplain.registry import register_method
 
 
@@ -21,7 +18,7 @@ from vitexplain.registry import register_method
     passes="1F + 1B",
 )
 @dataclass(frozen=True)
-class GradCAM(Method):
+class GradCAM(ActivationMap):
     r"""Channels of the patch tokens, weighted by their mean gradient.
 
     .. math:: \alpha_k = \frac1P \sum_j \frac{\partial y}{\partial x_{jk}}, \qquad
@@ -32,23 +29,7 @@ class GradCAM(Method):
     covers only the blocks above. Scores (B, N), prefix tokens scored but not averaged over.
     """
 
-    layer: int = option(-1, "block whose attention input is read, zero-based; negative counts from the last")
-    relu: bool = option(True, "keep positive evidence only, as in the paper; False gives a signed map")
-
-    @property
-    def needs(self) -> Needs:
-        """The attention input of one block, and its gradient."""
-        return Needs(state_gradients=frozenset({"attention_input"}), from_block=self.layer)
-
-    @property
-    def signed(self) -> bool:
-        """Signed without the final ReLU."""
-        return not self.relu
-
-    def attribute(self, capture: Capture) -> Tensor:
-        """Weighted channels (B, N)."""
-        block = capture.blocks[self.layer]
-        tokens, gradient = block.state("attention_input"), block.state_gradient("attention_input")
-        weights = gradient[:, block.layout.prefix :].mean(1, keepdim=True)
-        scores = (weights * tokens).sum(2)
-        return scores.clamp(min=0) if self.relu else scores
+    def weigh(self, tokens: Tensor, gradient: Tensor, prefix: int) -> Tensor:
+        """Channels times their mean gradient over patches, summed."""
+        weights = gradient[:, prefix:].mean(1, keepdim=True)
+        return (weights * tokens).sum(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitexplain.attention import Rows
-from vitexplain.fusion import FUSE, Fusion
+from vitexplain.fusion import FUSE, Fusion, discard_lowest
 from vitexplain.method import ProductMethod
 from vitexplain.options import option
 from vitexplain.record import BlockRecord, Needs
@@ -70,9 +70,6 @@ class Rollout(ProductMethod):
         return mixed / (sums[:, :, None] if self.normalisation == "row" else sums[:, None])
 
     def _discard(self, fused: Tensor) -> Tensor:
-        flat = fused.flatten(1)
-        lowest = flat.topk(int(flat.shape[1] * self.discard_ratio), dim=1, largest=False).indices
-        kept = flat[:, :1].clone()  # CLS to CLS is never discarded
-        flat = flat.scatter(1, lowest, 0.0)
-        flat[:, :1] = kept
-        return flat.view_as(fused)
+        kept = discard_lowest(fused, self.discard_ratio)
+        kept[:, 0, 0] = fused[:, 0, 0]  # CLS to CLS is never discarded
+        return kept

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitexplain.attention import RowTile, widen
 from vitexplain.capture import Capture
-from vitexplain.method import ResidualMethod
+from vitexplain.method import GradientMethod, ResidualMethod
 from vitexplain.options import option
 from vitexplain.record import BlockRecord, Change, Needs, State
 from vitexplain.registry import register_method
@@ -28,7 +28,7 @@ _EPSILON = 1e-8
     aliases=("token_transformation_matters",),
 )
 @dataclass(frozen=True)
-class TokenTM(ResidualMethod):
+class TokenTM(GradientMethod, ResidualMethod):
     r"""Gradient-weighted attention in which every token also counts by how it is transformed.
 
     A token sent from state E to state Ẽ weighs by its change of length and by how well its direction is kept:
@@ -73,6 +73,7 @@ class TokenTM(ResidualMethod):
             states=frozenset({"in"}),
             changes=frozenset(changes),
             from_block=self.start_layer,
+            backward=self.backward,
         )
 
     @property
@@ -94,7 +95,7 @@ class TokenTM(ResidualMethod):
 
     def read_out(self, row: Tensor, capture: Capture) -> Tensor:
         """`row` · C⁰."""
-        return row * capture.blocks[self.start_layer].state("in").norm(dim=2) if self.initialisation else row
+        return row * self.blocks(capture)[0].state("in").norm(dim=2) if self.initialisation else row
 
     def _weight(self, change: Change) -> Tensor:
         return self._combine(change.before, change.after, change.product)

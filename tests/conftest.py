@@ -7,14 +7,20 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
-from families import EXACT_STATES, NOT_DEFINED, TIMM, all_families, make_images, make_model
+from families import EXACT_STATES, FEW_FAMILIES, NOT_DEFINED, TIMM, all_families, make_images, make_model
+from golden_maps import MODELS
+from on_paper import make_paper_model
+from safetensors.torch import load_file
 from support_matrix import SupportMatrix
 from torch import Tensor, nn
 
-from vitexplain import list_methods
+from vitexplain import create_method, list_methods
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,19 +69,36 @@ def _note_support(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for every method, one that takes `family` for every family."""
+    """A test that takes `method` runs for every method, one that takes `family` for every family.
+
+    With both, methods that read tokens or attention meet every family, unless the test is marked `few_families`; what
+    others do has little to do with the family, so they meet every one only where the test is marked `each_family`.
+    """
     by_method = "method" in metafunc.fixturenames
     by_family = "family" in metafunc.fixturenames
     marked = metafunc.definition.get_closest_marker
     families = EXACT_STATES if marked("exact_states") else sorted(TIMM if marked("timm_families") else all_families())
     methods = list_methods(trainable=False if marked("needs_no_training") else None)
     if by_method and by_family:
-        pairs = [(m, f) for m in methods for f in families if (m, f) not in NOT_DEFINED]
+        few = [name for name in families if name in FEW_FAMILIES]
+        pairs = [
+            (method, family)
+            for method in methods
+            for family in (
+                few if marked("few_families") or not (marked("each_family") or _reads_model(method)) else families
+            )
+            if (method, family) not in NOT_DEFINED
+        ]
         metafunc.parametrize(("method", "family"), pairs)
     elif by_method:
         metafunc.parametrize("method", methods)
     elif by_family:
         metafunc.parametrize("family", families)
+
+
+def _reads_model(method: str) -> bool:
+    needs = create_method(method).needs
+    return needs.any_attention or bool(needs.seen_states)
 
 
 def _folder(variable: str) -> Path:
@@ -95,3 +118,25 @@ def test_data() -> Path:
 def goldens() -> Path:
     """Folder of reference maps."""
     return _folder("VITEXPLAIN_GOLDENS")
+
+
+@pytest.fixture(scope="session")
+def real_models(test_data: Path) -> dict[str, nn.Module]:
+    """The two models of the reference maps, with their weights."""
+    models: dict[str, nn.Module] = {}
+    for name in MODELS:
+        models[name] = timm.create_model(f"{name}_patch16_224").eval()
+        models[name].load_state_dict(load_file(test_data / f"{name}_patch16_224_in1k" / "model.safetensors"))
+    return models
+
+
+@pytest.fixture(scope="session")
+def real_inputs(goldens: Path) -> Any:
+    """The images of the reference maps, as the models take them."""
+    return np.load(goldens / "inputs.npz")
+
+
+@pytest.fixture
+def paper_model() -> nn.Module:
+    """A model that is small enough for pen and paper."""
+    return make_paper_model()

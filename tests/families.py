@@ -111,6 +111,9 @@ TIMM: dict[str, Family] = {
     "naflex": Family(_naflex, 2, mean_of_patches(2), (5, 3), (40, 24)),
 }
 
+FEW_FAMILIES = ("cls", "mean_pooled", "attention_pool", "parallel", "eva_rope", "hf_vit_eager", "own", "torchvision")
+"""One of each kind, for tests of what hardly depends on the family."""
+
 EXACT_STATES = ("cls", "registers", "mean_pooled", "mean_pooled_with_cls", "distilled", "dynamic")
 """Families of timm's plain pre-norm block, on which methods are compared with the slow references."""
 
@@ -119,6 +122,34 @@ NOT_DEFINED: dict[tuple[str, str], str] = {
     ("tokentm", "parallel"): "attention and feed-forward leave the block as one sum",
     ("tokentm", "differential"): "attention and feed-forward leave the block as one sum",
     ("tokentm", "several_attentions"): "a token has several values in one block",
+    ("transformer_attribution", "differential"): "one attention is subtracted from another, which has no relevance",
+    ("partial_lrp", "differential"): "one attention is subtracted from another, which has no relevance",
+    ("agcam", "differential"): "the difference of two softmaxes is none",
+    ("attention_flow", "differential"): "negative weights are no capacities",
+    ("attcat", "relative_positions"): "features times gradient cancel behind norms",
+    ("hirescam", "several_attentions"): "features times gradient cancel before a norm",
+    ("fullgrad_plus", "relative_positions"): "features times gradient cancel before a norm",
+    **{
+        ("beyond_intuition", family): "the outputs of heads are no linear map of values"
+        for family in ("post_norm", "parallel", "differential", "several_attentions")
+    },
+    **{
+        ("legrad", family): "the head reads what attention pooled"
+        for family in ("attention_pool", "siglip_pool", "own_attention_pool")
+    },
+    **{
+        ("tis", family): "blocks do not treat tokens as a set"
+        for family in (
+            "beit",
+            "beit_shared_bias",
+            "eva_rope",
+            "eva_rope_mixed",
+            "hf_beit",
+            "hf_dinov3",
+            "relative_positions",
+            "siglip2",
+        )
+    },
     ("pm", "attention_pool"): "the head reads what attention pooled, not tokens",
     ("pm", "siglip_pool"): "the head reads what attention pooled, not tokens",
     ("pm", "own_attention_pool"): "the head reads what attention pooled, not tokens",

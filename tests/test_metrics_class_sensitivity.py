@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from families import make_images, make_model
+from lighter import get_explainer
 from torch import Tensor
 
-from vitexplain import Explainer, create_method, list_methods, method_info
+from vitexplain import list_methods, method_info
 from vitexplain.errors import InputError
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.metric import MetricBatch
@@ -162,7 +163,7 @@ def test_one_class_or_maps_of_another_grid_are_refused() -> None:
 @pytest.mark.parametrize("name", list_methods(trainable=False))
 def test_methods_keep_their_claim_of_looking_at_the_class(name: str) -> None:
     model, images = make_model("cls"), make_images("cls")
-    explainer = Explainer(create_method(name), model)
+    explainer = get_explainer(name, model)
     explanation = explainer(images)
     assert explanation.targets is not None
     explain: Callable[[Tensor, Tensor], Tensor] = lambda inputs, targets: explainer(inputs, targets).scores  # noqa: E731

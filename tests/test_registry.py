@@ -97,7 +97,7 @@ def test_every_method_says_what_it_is(method: str) -> None:
 def test_filters() -> None:
     assert set(list_methods(class_specific=True)) | set(list_methods(class_specific=False)) == set(list_methods())
     assert "rollout" in list_methods(class_specific=False)
-    assert list_methods(trainable=True) == ["diffmask", "diffmask_class"]
+    assert list_methods(trainable=True) == ["diffmask", "diffmask_class", "iavit"]
 
 
 @pytest.fixture

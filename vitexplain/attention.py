@@ -22,6 +22,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedModelError
+
 TILE_BYTES = 2 * 2**20
 """How much one (B, H, T, N) tile may take, in bytes. Small enough for a core's own cache, large enough to keep the
 number of kernel launches low; every tile size gives the same map."""
@@ -62,6 +64,18 @@ class Attention(ABC):
     @abstractmethod
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """The weights A that values are mixed with (B, H, T, N); float32 or wider, whatever the model's precision."""
+
+    def scores(self, rows: Rows = slice(None)) -> Tensor:
+        """What the softmax is taken of (B, H, T, N), float32 or wider.
+
+        Raises:
+            UnsupportedModelError: the attention is no softmax of scores that were seen.
+        """
+        raise UnsupportedModelError(
+            "the model computes attention by hand, or as a difference, and what its softmax was taken of is not seen; "
+            "let it call scaled_dot_product_attention (transformers: model.set_attn_implementation('sdpa')), or use a "
+            "method that reads the weights, such as generic_attention"
+        )
 
     @abstractmethod
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
@@ -104,15 +118,17 @@ class AttentionOperands(Attention):
         """True: a softmax."""
         return True
 
+    def scores(self, rows: Rows = slice(None)) -> Tensor:
+        """scale · q kᵀ + bias (B, H, T, N); minus infinity where a mask hides."""
+        scores = _inner_products(widen(self.q[:, :, rows]), widen(self.k), self.scale)
+        if self.bias is None:
+            return scores
+        bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., rows, :]
+        return scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Attention after the softmax (B, H, T, N)."""
-        logits = _inner_products(widen(self.q[:, :, rows]), widen(self.k), self.scale)
-        if self.bias is not None:
-            bias = self.bias
-            if bias.shape[-2] != 1:
-                bias = bias[..., rows, :]
-            logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else logits + bias
-        return logits.softmax(dim=-1)
+        return AttentionOperands.scores(self, rows).softmax(dim=-1)
 
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""
@@ -183,6 +199,11 @@ class RowTile:
         return self._operands.probabilities(self.rows)
 
     @cached_property
+    def scores(self) -> Tensor:
+        """What the softmax is taken of (B, H, T, N); see `Attention.scores` for what raises."""
+        return self._operands.scores(self.rows)
+
+    @cached_property
     def gradient(self) -> Tensor:
         """dy/dA (B, H, T, N)."""
         if self._output_gradient is None:
@@ -233,7 +254,7 @@ def propagate(
     costs one query row.
 
     Args:
-        row: (B, N) relevance of the tokens leaving the attention.
+        row: (B, N) relevance of the tokens leaving the attention; or (B, R, N), R rows at once.
         operands: the attention.
         weigh: maps a `RowTile` to (B, H, T, N), or (B, T, N) where heads are already fused.
         output_gradient: the gradient at the tracked tensor, dy/dO (B, H, N, dh) or dy/dA, where `weigh` reads
@@ -241,7 +262,7 @@ def propagate(
         tile_rows: rows a tile; by default chosen from `TILE_BYTES`. The result does not depend on it.
 
     Returns:
-        (B, H, N) or (B, N), as `weigh` gives heads or not; float32 or wider.
+        (B, H, N) or (B, N), as `weigh` gives heads or not; with R rows (B, H, R, N) or (B, R, N). Float32 or wider.
     """
     batch, heads, tokens, keys = operands.shape
     group = max(1, TILE_BYTES // (4 * heads * tokens * keys))  # whole images first: larger products than row tiles
@@ -254,16 +275,16 @@ def propagate(
                 propagate(row[some], operands.part(some), weigh, output_gradient=gradient, tile_rows=tile_rows)
             )
         return torch.cat(parts)
-    support = (row != 0).any(dim=0).nonzero().squeeze(1)
+    stacked = row if row.ndim == 3 else row[:, None]
+    support = (stacked != 0).flatten(0, 1).any(dim=0).nonzero().squeeze(1)
     rows = support if len(support) < operands.num_tokens else None
     total: Tensor | None = None
     for tile_of_rows in row_tiles(operands, rows, tile_rows):
         weights = weigh(RowTile(operands, output_gradient, tile_of_rows))
-        part = row[:, tile_of_rows].to(weights.dtype)
-        part = part[:, None, None, :] if weights.ndim == 4 else part[:, None, :]
-        product = (part @ weights).squeeze(-2)
+        part = stacked[:, :, tile_of_rows].to(weights.dtype)
+        product = (part[:, None] if weights.ndim == 4 else part) @ weights
         total = product if total is None else total + product
     if total is None:  # the row is zero everywhere, and so is its product: one tile tells the shape
         nothing = weigh(RowTile(operands, output_gradient, slice(0, 1)))
-        total = torch.zeros_like(nothing[..., 0, :])
-    return total
+        total = torch.zeros_like(nothing[..., :1, :]).expand(*nothing.shape[:-2], stacked.shape[1], -1)
+    return total if row.ndim == 3 else total.squeeze(-2)

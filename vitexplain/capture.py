@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from .attention import Attention, AttentionOperands
 from .borrowing import borrowed
 from .combination import Combination
-from .errors import CaptureError, UnsupportedModelError
+from .errors import CaptureError
 from .fusion import attend, fuses_well
-from .layout import TokenLayout, from_tokens, to_tokens
+from .layout import TokenLayout
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .record import BlockRecord, Needs, State
+from .state_tap import watch_state
 from .tap import AttentionTap, Instead
 
 
@@ -67,6 +67,10 @@ class Capture:
         self.blocks: list[BlockRecord] = []
         self._tracked: list[tuple[Tensor, Callable[[Tensor], None]]] = []
         self._context: ExitStack | None = None
+        self._output: Tensor | None = None
+        self._score_gradient: Tensor | None = None
+        self._image_gradient: Tensor | None = None
+        self._others: dict[Needs, Capture] = {}
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
@@ -84,12 +88,33 @@ class Capture:
         if self._context is not None:
             self._context.close()
         self._context = None
-        self._tracked.clear()  # lets go of the graph; the records stay readable
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Lets go of the graph; the records stay readable."""
+        self._tracked.clear()
+        self._output = None
+        for other in self._others.values():
+            other._let_go()
+        self._others.clear()
 
     @property
     def num_tokens(self) -> int:
         """N: the tokens that the head reads, prefix and patches."""
         return self.layouts[-1].count
+
+    @property
+    def image_gradient(self) -> Tensor:
+        """Gradient of the explained score at the images (B, channels, H, W).
+
+        Raises:
+            CaptureError: it was not asked for in `Needs`, or there was no backward pass yet.
+        """
+        if self._image_gradient is None:
+            raise CaptureError(
+                "found no gradient at the images: ask for it with Needs(image_gradient=True), and run Capture.backward"
+            )
+        return self._image_gradient
 
     def seed_row(self) -> Tensor:
         """Where a rollout starts: the weight (B, N) with which the head reads each final token."""
@@ -123,11 +148,15 @@ class Capture:
             for index, modules in enumerate(self.adapter.blocks)
         ]
         with ExitStack() as hooks:
+            if self.needs.backward is not None:
+                arrangement = self.adapter.blocks[0].arrangement
+                hooks.enter_context(self.needs.backward.watching(len(self.images), arrangement))
             for handle in self._place_hooks(hooks):
                 hooks.callback(handle.remove)
-            output = self.adapter.logits(self.images)
+            output = self.adapter.logits(self._watched_images())
         self._check_records()
-        self.logits = output.detach()
+        self.logits = output.detach() if self.needs.backward is None else output.detach().to(self.images.dtype)
+        self._output = output
         return output
 
     def backward(self, score: Tensor, *, retain_graph: bool = False) -> None:
@@ -141,15 +170,51 @@ class Capture:
         Raises:
             CaptureError: the score does not depend on the model's output.
         """
-        if not score.requires_grad or not self._tracked:
+        if not score.requires_grad or not self._tracked or self._output is None:
             raise CaptureError(
                 "the score carries no gradient: make it of the logits that Capture.forward returned, with "
                 "differentiable operations, and ask for gradients in Needs"
             )
         tensors = [tensor for tensor, _ in self._tracked]
-        gradients = torch.autograd.grad(score, tensors, retain_graph=retain_graph, allow_unused=True)
-        for (tensor, store), gradient in zip(self._tracked, gradients, strict=True):
+        gradients = torch.autograd.grad(score, [*tensors, self._output], retain_graph=retain_graph, allow_unused=True)
+        for (tensor, store), gradient in zip(self._tracked, gradients[:-1], strict=True):
             store(torch.zeros_like(tensor) if gradient is None else gradient)
+        self._score_gradient = gradients[-1]
+        for other in self._others.values():
+            other._score_gradient = None
+
+    def meeting(self, needs: Needs) -> Capture:
+        """What these needs ask for, of the same images and score, by their own backward rules.
+
+        That is this capture, if it follows the same rules; else a second one, whose forward runs once for all targets,
+        and whose backward is that of the score to which this capture's last one belongs.
+
+        Raises:
+            CaptureError: there was no backward pass yet.
+        """
+        if needs.backward == self.needs.backward:
+            return self
+        if self._score_gradient is None:
+            raise CaptureError("Capture.meeting needs the score: run Capture.backward first")
+        with torch.inference_mode(False), torch.enable_grad():
+            other = self._others.get(needs) or Capture(self.adapter, needs)
+            if needs not in self._others:
+                other._context = self._context  # the model is borrowed already
+                other.forward(self.images)
+                self._others[needs] = other
+            if other._score_gradient is None and other._output is not None:
+                other.backward((other._output * self._score_gradient).sum(), retain_graph=True)
+        other.classes = self.classes
+        return other
+
+    def _watched_images(self) -> Tensor:
+        if not self.needs.image_gradient:
+            return self.images
+
+        def store(gradient: Tensor) -> None:
+            self._image_gradient = gradient
+
+        return self._track(self.images, store)
 
     def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
@@ -159,7 +224,7 @@ class Capture:
                 record.watched = True
                 handles += tap.watch(record.modules.attention, self._keep_attention(record), self._fuse_heads(record))
             kinds = record.sources(self.needs.seen_states)
-            handles += [self._watch_state(kind, record) for kind in sorted(kinds)]
+            handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
         if self.needs.any_attention:
             if self.adapter.pool is not None:
                 self.pool = BlockRecord(len(self.blocks), self.adapter, self.adapter.pool, self.layouts[-1:], True)
@@ -167,40 +232,17 @@ class Capture:
             stack.enter_context(tap)
         return handles
 
-    def _watch_state(self, kind: State, record: BlockRecord) -> RemovableHandle:
-        modules = record.modules
-        module, taken = modules.place(kind)
-        if module is None:
-            raise UnsupportedModelError(
-                f"a {type(modules.block).__name__} has no token state {kind!r} (block {record.index}); methods that "
-                "read attention alone work on it: rollout, generic_attention"
-            )
+    def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
+        def store(gradient: Tensor) -> None:
+            record._state_gradients[kind] = gradient
 
         def keep(state: Tensor) -> Tensor:
-            return from_tokens(kept(to_tokens(state, modules.arrangement)), modules.arrangement, state.shape)
-
-        def kept(state: Tensor) -> Tensor:
             if kind in self.needs.state_gradients:
-
-                def store(gradient: Tensor) -> None:
-                    record._state_gradients[kind] = gradient
-
                 state = self._track(state, store)
             record.keep(kind, state.detach(), self.needs)
             return state
 
-        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-            if arguments:
-                return (keep(arguments[0]), *arguments[1:]), named
-            first = next(iter(named))
-            return arguments, {**named, first: keep(named[first])}
-
-        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            return (keep(output[0]), *output[1:]) if isinstance(output, tuple) else keep(output)
-
-        if taken:
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(after)
+        return keep
 
     def _keep_attention(self, record: BlockRecord, gradient: bool = True) -> Callable[[Attention, Tensor], Tensor]:
         def keep(operands: Attention, output: Tensor) -> Tensor:
@@ -210,7 +252,9 @@ class Capture:
                 return output
 
             def store(value: Tensor) -> None:
-                record._output_gradients[index] = value
+                rules = self.needs.backward
+                arrived = value if rules is None else rules.at_attention(operands, output.detach(), value)
+                record._output_gradients[index] = arrived
 
             return self._track(output, store)
 

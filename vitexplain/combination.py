@@ -29,6 +29,10 @@ class DifferentialOperands(AttentionOperands):
         """False: rows sum to 1 - λ."""
         return False
 
+    def scores(self, rows: Rows = slice(None)) -> Tensor:
+        """Refused: the difference of two softmaxes is none."""
+        return Attention.scores(self, rows)
+
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """A₁ - λ A₂ (B, H, T, N)."""
         first = super().probabilities(rows)

@@ -105,3 +105,10 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
             FUSE[fusion](weights, 0, out=matrix[image, 0])
         output[image] = torch.bmm(weights, v)
     return FusedAttention(matrix, fusion == "mean"), output
+
+
+def discard_lowest(fused: Tensor, ratio: float) -> Tensor:
+    """A fused matrix (B, N, N) with the share `ratio` of each image's smallest entries set to 0."""
+    flat = fused.flatten(1)
+    lowest = flat.topk(int(flat.shape[1] * ratio), dim=1, largest=False).indices
+    return flat.scatter(1, lowest, 0.0).view_as(fused)

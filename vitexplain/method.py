@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .balanced import BALANCED
 from .errors import OptionError
+from .modified_backward import BackwardRules
 from .options import Configurable, option
 from .record import BlockRecord, Needs
 
@@ -74,6 +76,25 @@ class Method(Configurable):
 
 
 @dataclass(frozen=True)
+class GradientMethod(Method):
+    """Base of methods that follow a gradient, and can follow a balanced one instead.
+
+    Their `needs` pass `backward` on, and what they read comes from ``capture.meeting(self.needs)``.
+    """
+
+    gradient: str = option(
+        "plain",
+        "plain: the derivative; balanced: with the scales of norms, gates and attention held constant (LibraGrad)",
+        choices=("plain", "balanced"),
+    )
+
+    @property
+    def backward(self) -> BackwardRules | None:
+        """The rules of the backward pass."""
+        return BALANCED if self.gradient == "balanced" else None
+
+
+@dataclass(frozen=True)
 class AttentionMethod(Method):
     """Base of methods that carry a row vector of relevance from the last block down to `start_layer`."""
 
@@ -83,6 +104,10 @@ class AttentionMethod(Method):
     def needs(self) -> Needs:
         """Attention of every block from `start_layer` on."""
         return Needs(attention=True, from_block=self.start_layer)
+
+    def blocks(self, capture: Capture) -> list[BlockRecord]:
+        """The records of the blocks that take part, from the first to the last."""
+        return capture.meeting(self.needs).blocks[self.start_layer :]
 
     def read_out(self, row: Tensor, capture: Capture) -> Tensor:
         """Scores (B, N) from the row that arrived at the first block."""
@@ -100,7 +125,7 @@ class ProductMethod(AttentionMethod):
     def attribute(self, capture: Capture) -> Tensor:
         """Scores (B, N): the seed row, carried down through the blocks."""
         row = capture.seed_row()
-        for block in reversed(capture.blocks[self.start_layer :]):
+        for block in reversed(self.blocks(capture)):
             row = self.block_update(block.receive(row), block)
         return self.read_out(row, capture)
 
@@ -126,7 +151,7 @@ class ResidualMethod(AttentionMethod):
         """Scores (B, N): all that the blocks moved."""
         seed = capture.seed_row()
         moved = torch.zeros_like(seed)
-        for block in reversed(capture.blocks[self.start_layer :]):
+        for block in reversed(self.blocks(capture)):
             factor = self.factor(block)
             seed, moved = block.receive(seed) * factor, block.receive(moved) * factor
             moved = moved + self.moved(seed + moved, block)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from .attention import Attention, RowTile, propagate, row_tiles, widen
+from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
 from .fusion import Fusion
 from .layout import TokenLayout, Windows, hand_down
 from .models.adapter import BlockModules, ModelAdapter
+from .modified_backward import BackwardRules
 
 State = Literal["in", "attention_input", "mid", "mlp", "out"]
 """A token state of one block, (B, N, D): ``in`` entering the block; ``attention_input`` after the first norm;
@@ -34,6 +36,9 @@ class Needs:
         from_block: first block needed, zero-based; nothing is recorded below it, and the graph starts here.
         changes: pairs of token states of which the `Change` is kept, and not the states.
         fusion: attention is only read with its heads fused so; where nothing else is asked for, that is what is kept.
+        image_gradient: the gradient at the images is kept; the graph then starts there.
+        backward: the rules by which the backward pass goes; None for the derivative. Needs with different rules
+            share a capture by the derivative, and `Capture.meeting` gives each its own.
     """
 
     attention: bool = False
@@ -43,6 +48,8 @@ class Needs:
     from_block: int = 0
     changes: frozenset[tuple[State, State]] = frozenset()
     fusion: Fusion | None = None
+    image_gradient: bool = False
+    backward: BackwardRules | None = None
 
     def __or__(self, other: Needs) -> Needs:
         kinds = {each.fusion for each in (self, other) if each.any_attention}
@@ -54,6 +61,8 @@ class Needs:
             from_block=min(self.from_block, other.from_block),
             changes=self.changes | other.changes,
             fusion=kinds.pop() if len(kinds) == 1 else None,
+            image_gradient=self.image_gradient or other.image_gradient,
+            backward=self.backward if self.backward == other.backward else None,
         )
 
     @property
@@ -74,7 +83,7 @@ class Needs:
     @property
     def gradient(self) -> bool:
         """Whether a backward pass is needed."""
-        return self.attention_gradient or bool(self.state_gradients)
+        return self.attention_gradient or bool(self.state_gradients) or self.image_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +220,11 @@ class BlockRecord:
     def attention_gradient(self) -> Tensor:
         """Derivative of the explained score by the attention probabilities, in the shape of `attention`."""
         return self.operands.gradient(self.output_gradient)
+
+    def with_attention(self, attention: Attention) -> BlockRecord:
+        """This block, another matrix in the place of its attention; its gradient is the same."""
+        modules = replace(self.modules, combination=Combination())
+        return replace(self, modules=modules, _calls=[attention], _output_gradients={0: self.output_gradient})
 
     @property
     def layout(self) -> TokenLayout:

@@ -39,7 +39,7 @@ _SDPA_DEFAULTS = {
     "scale": None,
     "enable_gqa": False,
 }
-_SDPA = inspect.Signature(
+SDPA_SIGNATURE = inspect.Signature(
     [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("query", "key", "value")]
     + [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
@@ -86,9 +86,9 @@ class AttentionTap(TorchFunctionMode):
             return func(*args, **named)
         watched = self._inside[-1]
         if func is F.scaled_dot_product_attention:
-            return self._fused(watched, _operands(*args, **named), lambda: func(*args, **named))
+            return self._fused(watched, attention_operands(*args, **named), lambda: func(*args, **named))
         if func is F.multi_head_attention_forward:
-            return _multi_head(functools.partial(self._fused, watched), *args, **named)
+            return multi_head(functools.partial(self._fused, watched), *args, **named)
         if func in _SOFTMAX:
             watched.weights = [func(*args, **named)]
             return watched.weights[0]
@@ -181,8 +181,9 @@ def _written_out(func: Callable[..., Any], args: Sequence[Any]) -> _WrittenOut |
     return written if weights.ndim in (3, 4) and written.values.ndim == weights.ndim and keys == tokens else None
 
 
-def _operands(*args: Any, **kwargs: Any) -> AttentionOperands:
-    bound = _SDPA.bind(*args, **kwargs)
+def attention_operands(*args: Any, **kwargs: Any) -> AttentionOperands:
+    """What a call of `scaled_dot_product_attention` with these arguments is given, detached."""
+    bound = SDPA_SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
     q, k, v = (call[name].detach() for name in ("query", "key", "value"))
@@ -195,9 +196,19 @@ def _operands(*args: Any, **kwargs: Any) -> AttentionOperands:
     return AttentionOperands(q, k, v, float(scale), None if bias is None else bias.detach())
 
 
-def _multi_head(
+def multi_head(
     fused: Callable[[AttentionOperands, Callable[[], Tensor]], Tensor], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    """What a call of `multi_head_attention_forward` with these arguments gives, computed from its parts.
+
+    Args:
+        fused: gives the attention output (B, H, N, dh), from the operands and the call that would compute it.
+        *args: as of `torch.nn.functional.multi_head_attention_forward`.
+        **kwargs: likewise.
+
+    Raises:
+        CaptureError: it is used with tokens that are no part of the image.
+    """
     bound = _MULTI_HEAD.bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
@@ -221,11 +232,11 @@ def _multi_head(
         for each, weight, bias in zip(inputs, weights, biases, strict=True)
     )
     bias = _merged_mask(call["attn_mask"], call["key_padding_mask"], q)
-    output = fused(_operands(q, k, v, bias), lambda: F.scaled_dot_product_attention(q, k, v, bias))
+    output = fused(attention_operands(q, k, v, bias), lambda: F.scaled_dot_product_attention(q, k, v, bias))
     output = F.linear(output.permute(2, 0, 1, 3).flatten(2), call["out_proj_weight"], call["out_proj_bias"])
     weights_out = None
     if call["need_weights"]:
-        weights_out = _operands(q, k, v, bias).probabilities().to(q.dtype)
+        weights_out = attention_operands(q, k, v, bias).probabilities().to(q.dtype)
         weights_out = weights_out.mean(1) if call["average_attn_weights"] else weights_out
     if unbatched:
         output, weights_out = output[:, 0], None if weights_out is None else weights_out[0]

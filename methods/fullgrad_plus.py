@@ -1,0 +1,65 @@
+"""FullGrad+: input times gradient, at every block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitexplain.cancellation import check_left_over
+from vitexplain.capture import Capture
+from vitexplain.method import GradientMethod
+from vitexplain.options import option
+from vitexplain.record import Needs
+from vitexplain.registry import register_method
+
+
+@register_method(
+    "fullgrad_plus",
+    title="FullGrad+",
+    paper="Mehri et al., LibraGrad, CVPR 2025 (FullGrad+); after Srinivas and Fleuret, FullGrad, NeurIPS 2019",
+    class_specific=True,
+    passes="1F + 1B",
+    signed=True,
+)
+@dataclass(frozen=True)
+class FullGradPlus(GradientMethod):
+    r"""Tokens entering each block, times the gradient there, summed over channels and blocks.
+
+    .. math:: m_j = \sum_{l} \sum_k x^{l}_{jk} \frac{\partial y}{\partial x^{l}_{jk}}
+
+    with x^l the tokens entering block l. FullGrad's bias terms, in which the image is seen through the gradient alone,
+    are left out. In a last block that norms its input, patches score zero: nothing but the norm reads them, and it
+    takes away what a token does to its own length. Where tokens are merged on the way up, a merged token's share is
+    divided equally among its parts. Scores (B, N) of the tokens that enter `start_layer`.
+    """
+
+    start_layer: int = option(0, "first block that takes part, zero-based", minimum=0)
+
+    @property
+    def needs(self) -> Needs:
+        """The input of every block from `start_layer` on, and its gradient."""
+        return Needs(state_gradients=frozenset({"in"}), from_block=self.start_layer, backward=self.backward)
+
+    @property
+    def follows_blocks(self) -> bool:
+        """Several blocks take part, so merged tokens are divided among their parts."""
+        return True
+
+    def attribute(self, capture: Capture) -> Tensor:
+        """Scores (B, N).
+
+        Raises:
+            UnsupportedModelError: the sums of an image cancel on every patch.
+        """
+        blocks = capture.meeting(self.needs).blocks[self.start_layer :]
+        scores = magnitudes = torch.zeros(())
+        for block in reversed(blocks):
+            terms = block.state("in") * block.state_gradient("in")
+            if block is not blocks[-1]:
+                scores, magnitudes = block.receive(scores), block.receive(magnitudes)
+            scores, magnitudes = scores + terms.sum(2), magnitudes + terms.abs().sum(2)
+        prefix = blocks[0].layout.prefix
+        check_left_over(scores[:, prefix:], magnitudes[:, prefix:])
+        return scores

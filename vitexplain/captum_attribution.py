@@ -1,0 +1,63 @@
+"""captum's algorithms as methods: its attribution of pixels on a borrowed model, gathered by patch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .capture import Capture
+from .method import Method
+from .options import option
+from .pixel_attribution import PixelAttribution
+from .target_response import BASELINES, OUTPUTS, ImageResponse, TargetResponse
+
+
+@dataclass(frozen=True)
+class SampledAttribution(PixelAttribution):
+    """Base of methods that average gradients at several changed copies of each image, through captum."""
+
+    batch_size: int = option(64, "images in one forward and backward pass; on the CPU never more than 8", minimum=1)
+
+    @abstractmethod
+    def image_pixels(self, one: ImageResponse) -> Tensor:
+        """Attribution (1, channels, H, W) of the pixels of one image to the explained class's logit."""
+
+    def pixels(self, capture: Capture) -> Tensor:
+        """Attribution (B, channels, H, W), image by image.
+
+        Raises:
+            TargetError: the target is a contrast or a function of the logits.
+        """
+        response = TargetResponse.of(capture, self.info.name, batch_size=self.batch_size)
+        return torch.cat([self.image_pixels(each).detach() for each in response.each()])
+
+
+@dataclass(frozen=True)
+class AblationAttribution(Method):
+    """Base of methods that replace parts of the image through captum, without gradients."""
+
+    baseline: str = option(
+        "zeros",
+        "what replaces pixels, in the model's normalised input: zeros (the mean colour), the image's own mean colour, "
+        "the blurred image, or noise",
+        choices=BASELINES,
+    )
+    output: str = option("logit", "what is explained of the class", choices=OUTPUTS)
+    batch_size: int = option(64, "images in one forward pass; on the CPU never more than 8", minimum=1)
+
+    @abstractmethod
+    def image_scores(self, one: ImageResponse, grid: tuple[int, int]) -> Tensor:
+        """Scores (1, h, w) of one image, whose patches form a grid (h, w)."""
+
+    def attribute(self, capture: Capture) -> Tensor:
+        """Scores (B, h, w), float32 or wider.
+
+        Raises:
+            TargetError: the target is a contrast or a function of the logits.
+        """
+        response = TargetResponse.of(capture, self.info.name, self.output, self.batch_size)
+        scores = torch.cat([self.image_scores(each, capture.grid) for each in response.each()])
+        return scores.detach().to(response.images)

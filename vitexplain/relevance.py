@@ -1,0 +1,94 @@
+"""Relevance instead of gradients: what a capture records under the rules of layer-wise relevance propagation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import relevance_rules
+from .attention import Attention, GivenAttention, Rows
+from .combination import DifferentialOperands
+from .errors import UnsupportedModelError
+from .layout import Arrangement
+from .modified_backward import BackwardRules
+from .relevance_pass import ALTERNATIVES, RelevancePass
+
+if TYPE_CHECKING:
+    from .record import BlockRecord
+
+
+@dataclass(frozen=True)
+class RelevanceRules(BackwardRules):
+    """Layer-wise relevance propagation; what arrives at a tensor in the backward pass is its relevance.
+
+    Attributes:
+        alpha: of the alpha-beta rule of linear maps.
+        normalised: sums share by `normalised_addition` and linear maps by `linear_alpha_beta`, as Chefer et al.
+            define it; else by `addition` and `linear_signs_apart`, as their LRP baselines do.
+    """
+
+    alpha: float = 1.0
+    normalised: bool = True
+
+    def watching(self, batch: int, arrangement: Arrangement) -> AbstractContextManager[Any]:
+        """The mode that applies the rules, in double precision where the device has it."""
+        return RelevancePass(batch, arrangement, alpha=self.alpha, normalised=self.normalised)
+
+    def at_attention(self, attention: Attention, tracked: Tensor, arrived: Tensor) -> Tensor:
+        """The gradient with which A ∘ dy/dA is the relevance of A, in the shape of `tracked`."""
+        unit = relevance_rules.share(arrived, tracked.detach())
+        return unit if isinstance(attention, GivenAttention) else unit / 2
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRelevance(Attention):
+    """The relevance of attention in the place of attention itself: R (B, H, N, N), computed where it is read.
+
+    Attributes:
+        attention: A.
+        unit: what a capture under `RelevanceRules` recorded as the gradient at A.
+        v: values (B, H, N, dh).
+    """
+
+    attention: Attention
+    unit: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, block: BlockRecord) -> AttentionRelevance:
+        """Of a block captured under `RelevanceRules`.
+
+        Raises:
+            UnsupportedModelError: the block subtracts one attention from another, which has no rule.
+        """
+        attention = block.operands
+        if isinstance(attention, DifferentialOperands):
+            raise UnsupportedModelError(
+                f"block {block.index} subtracts one attention from another, and the relevance of the difference is not "
+                f"defined. {ALTERNATIVES}"
+            )
+        return cls(attention, block.output_gradient, attention.v)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, query rows, keys)."""
+        return self.attention.shape
+
+    def probabilities(self, rows: Rows = slice(None)) -> Tensor:
+        """Rows of R (B, H, T, N)."""
+        return self.attention.probabilities(rows) * self.attention.gradient(self.unit, rows)
+
+    def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """The same rows of dy/dA (B, H, T, N)."""
+        return self.attention.gradient(output_gradient.to(self.v.dtype), rows)
+
+    def part(self, images: slice) -> AttentionRelevance:
+        """That of some images of the batch."""
+        return AttentionRelevance(self.attention.part(images), self.unit[images], self.v[images])
+
+    def output(self, tracked: Tensor) -> Tensor:
+        """A v."""
+        return self.attention.output(tracked)

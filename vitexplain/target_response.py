@@ -1,0 +1,157 @@
+"""What the model says of the explained class when it is shown changed copies of the captured images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import widen
+from .capture import Capture
+from .errors import TargetError
+
+if TYPE_CHECKING:
+    from .metrics.predictor import Predictor
+
+OUTPUTS = ("logit", "probability")
+"""What can be read of the model's output."""
+
+BASELINES = ("zeros", "image_mean", "blur", "noise")
+"""What can stand in the place of pixels that are taken away; see `metrics.replacement.replacement_images`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TargetResponse:
+    """A model that is asked again about the images of a capture, each about its own explained class.
+
+    Called inside the capture, which keeps the model borrowed. Nothing runs in `torch.inference_mode`: a model may keep
+    tensors for later calls, and such tensors could take part in no graph of its owner's.
+
+    Attributes:
+        capture: after its forward pass.
+        classes: (B,) explained.
+        output: what is read, one of `OUTPUTS`.
+        batch_size: images in one forward, where the device gains by it; see `forward_size`.
+    """
+
+    capture: Capture
+    classes: Tensor
+    output: str = "logit"
+    batch_size: int = 64
+
+    @classmethod
+    def of(cls, capture: Capture, method: str, output: str = "logit", batch_size: int = 64) -> TargetResponse:
+        """Reads the explained classes from a capture.
+
+        Args:
+            capture: after its forward pass.
+            method: who asks, for the error.
+            output: one of `OUTPUTS`.
+            batch_size: images in one forward.
+
+        Raises:
+            TargetError: the target is a contrast or a function of the logits.
+        """
+        if capture.classes is None:
+            raise TargetError(
+                f"{method} asks the model again about one class; found a contrast or a function of the logits, "
+                "expected a class an image. Methods that take any target: generic_attention, tokentm, gradcam"
+            )
+        return cls(capture, capture.classes, output, batch_size)
+
+    @property
+    def images(self) -> Tensor:
+        """The captured images (B, channels, H, W), float32 or wider, without a graph."""
+        return widen(self.capture.images.detach())
+
+    @property
+    def forward_size(self) -> int:
+        """Images that go into one forward; few on the CPU, which gains nothing by more."""
+        return self._predictor.forward_size
+
+    def baseline(self, name: str) -> Tensor:
+        """What stands in the place of pixels that are taken away (B, channels, H, W): one of `BASELINES`."""
+        from .metrics.replacement import replacement_images
+
+        return replacement_images(name, self.images, self._predictor)
+
+    @property
+    def clean(self) -> Tensor:
+        """What the model said (B,) of the images as they are."""
+        return self.read(self.capture.logits, torch.arange(len(self.classes)))
+
+    def each(self) -> Iterator[ImageResponse]:
+        """The images one by one."""
+        return (ImageResponse(self, row) for row in range(len(self.classes)))
+
+    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Asks about changed images in one forward.
+
+        Args:
+            images: (n, channels, H, W), of any precision.
+            rows: (n,) int64, which of the captured images each was made of.
+
+        Returns:
+            (n,) float32 or wider, differentiable by the images.
+        """
+        return self.read(self.capture.adapter.logits(images.to(self.capture.images.dtype)), rows)
+
+    def read(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The explained class's part (n,) of logits (n, C), of the images `rows` (n,)."""
+        values = widen(logits) if self.output == "logit" else widen(logits).softmax(1)
+        classes = self.classes.to(values.device)[rows.to(values.device)]
+        return values.gather(1, classes[:, None])[:, 0]
+
+    @property
+    def _predictor(self) -> Predictor:
+        from .metrics.predictor import Predictor
+
+        return Predictor(self.capture.adapter, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageResponse:
+    """The same for one image of the batch: what is drawn, batched or chosen for it then depends on it alone.
+
+    Attributes:
+        batch: the response of the whole batch.
+        row: which image.
+    """
+
+    batch: TargetResponse
+    row: int
+
+    @property
+    def image(self) -> Tensor:
+        """(1, channels, H, W), float32 or wider, without a graph."""
+        return self.batch.images[self.row : self.row + 1]
+
+    def baseline(self, name: str) -> Tensor:
+        """What stands in the place of pixels (1, channels, H, W): one of `BASELINES`."""
+        return self.batch.baseline(name)[self.row : self.row + 1]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Asks about changed copies (n, channels, H, W) of the image in one forward; see `TargetResponse`."""
+        return self.batch(images, torch.full((len(images),), self.row))
+
+    def read(self, logits: Tensor) -> Tensor:
+        """The explained class's part (n,) of logits (n, C)."""
+        return self.batch.read(logits, torch.full((len(logits),), self.row))
+
+    @torch.no_grad()
+    def answers(self, versions: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Asks about several versions of the image, `forward_size` of them at a time.
+
+        Args:
+            versions: V, how many there are.
+            change: makes those of some numbers (n,): changed images (n, channels, H, W). No more than one forward's
+                worth is alive at a time.
+
+        Returns:
+            (V,) float32 or wider.
+        """
+        numbers = torch.arange(versions, device=self.batch.images.device)
+        return torch.cat([self(change(part)) for part in torch.split(numbers, self.batch.forward_size)])
