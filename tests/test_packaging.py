@@ -35,6 +35,7 @@ NOT_AT_IMPORT = {
     "torchvision",
     "transformers",
     "typer",
+    "zarr",
 }
 # Distributions whose import name is another.
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}

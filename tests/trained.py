@@ -1,4 +1,4 @@
-"""Checkpoints for methods that learn: random gates of the right shape, which is all that contract tests ask for."""
+"""Checkpoints for methods that learn: random weights of the right shape, which is all that contract tests ask for."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from vitexplain import Explainer, adapt, method_info
 from vitexplain.diffmask.checkpoint import save_checkpoint
 from vitexplain.diffmask.gates import Gates, GateShape
 from vitexplain.diffmask.masking import class_features
+from vitexplain.iavit.checkpoint import save_checkpoint as save_interpreter
+from vitexplain.iavit.interpreter import InterpreterShape, fresh_interpreter
 from vitexplain.models.adapter import ModelAdapter
 from vitexplain.models.fingerprint import weights_digest
 
@@ -28,6 +30,8 @@ def trained_options(method: str, model: nn.Module | ModelAdapter) -> dict[str, A
     """Options with which a method can explain this very model; none for those that need no training."""
     if not method_info(method).trainable:
         return {}
+    if method == "iavit":
+        return {"checkpoint": str(random_interpreter(adapt(model)))}
     return {"checkpoint": str(random_gates(adapt(model), class_specific=method_info(method).class_specific))}
 
 
@@ -48,6 +52,16 @@ def random_gates(model: nn.Module | ModelAdapter, *, class_specific: bool = Fals
             if name.endswith("offset"):  # and some patches are kept
                 nn.init.constant_(parameter, 1.5)
     save_checkpoint(path, gates, adapter, 7, constraint="class" if class_specific else "distribution")
+    return path
+
+
+def random_interpreter(model: nn.Module | ModelAdapter) -> Path:
+    """A checkpoint of a random interpreter that belongs to a model of one of the tests' families."""
+    adapter = adapt(model)
+    path = Path(_folder().name) / f"{weights_digest(adapter.model)[:24]}-iavit.safetensors"
+    if not path.is_file():
+        interpreter = fresh_interpreter(InterpreterShape(width=24, num_classes=7, scale_logits=False), seed=0)
+        save_interpreter(path, interpreter, adapter, with_model=False)
     return path
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .training.patch_masks_command import EXAMPLES, train_pm_command
+from .training.iavit_command import EXAMPLES as IAVIT_EXAMPLES
+from .training.iavit_command import train_iavit_command
+from .training.patch_masks_command import EXAMPLES, read_values, train_pm_command
 
 train_app = typer.Typer(no_args_is_help=True, help="Trains models and methods that learn.")
 
@@ -43,6 +46,7 @@ def train_diffmask_command(
         Path, typer.Option(metavar="FILE", help="Gates to write (.safetensors); a .json of the same name goes along.")
     ],
     data: Annotated[str, typer.Option(metavar="PATH", help="Folder or 'pattern*' of pictures, or scenes.")],
+    objects: Annotated[int, typer.Option(min=0, max=2, metavar="N", help="In each of the scenes; 0: one or two.")] = 1,
     model: Annotated[str, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = "scenes",
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights of the model.  \\[default: the model's own]")
@@ -54,6 +58,10 @@ def train_diffmask_command(
         str | None, typer.Option(metavar="NAME", help="distribution; or class or evidence, for maps of a class.")
     ] = None,
     released: Annotated[bool, typer.Option("--released", help="Train as the published code does.")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A field of DiffMaskSettings; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed.")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
     devices: Annotated[int, typer.Option(min=1, metavar="N", help="How many GPUs.")] = 1,
@@ -69,9 +77,12 @@ def train_diffmask_command(
 
     asked = {"steps": steps, "margin": margin, "constraint": constraint, "seed": seed}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    plain = {each.name: each.default for each in fields(DiffMaskSettings) if not isinstance(each.default, tuple)}
+    changes |= read_values("--set", setting or (), plain)
     settings = DiffMaskSettings.released(**changes) if released else DiffMaskSettings(**changes)
     loaded = load_model(model, checkpoint=checkpoint, device=device)
-    images = PictureBatches.of(data, loaded.preprocessing, batch_size=batch_size, seed=seed, workers=workers)
+    reading = {"batch_size": batch_size, "seed": seed, "workers": workers, "objects": objects}
+    images = PictureBatches.of(data, loaded.preprocessing, **reading)
     card = train_diffmask(
         loaded.subject.adapter,
         images,
@@ -91,3 +102,4 @@ def train_diffmask_command(
 
 
 train_app.command("pm", epilog=EXAMPLES)(train_pm_command)
+train_app.command("iavit", epilog=IAVIT_EXAMPLES)(train_iavit_command)
