@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trained import random_gates
 
+import vitexplain
 from vitexplain import (
     Capture,
     CheckpointError,
     Explainer,
     ExplanationWarning,
+    InputError,
     NotTrainedError,
     TargetError,
     UnsupportedModelError,
@@ -78,6 +81,18 @@ def test_dropping_everything_leaves_nothing_of_the_image(family: str, model: nn.
     first = masked.logits(images, nothing, replacement)
     torch.testing.assert_close(masked.logits(images * -3, nothing, replacement), first, rtol=1e-12, atol=1e-12)
     assert (masked.logits(images, nothing, -replacement) - first).abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("kind", EXACT_STATES)
+def test_dropping_everything_leaves_the_replacement_at_every_position(kind: str) -> None:
+    model, images = make_model(kind), make_images(kind)
+    masked, replacement = MaskedModel(adapt(model)), torch.randn(24, generator=torch.Generator().manual_seed(1))
+    found = masked.logits(images, torch.zeros(2, math.prod(all_families()[kind].grid)), replacement)
+    embed = copy.deepcopy(model.patch_embed)
+    shape = embed(images).shape
+    model.patch_embed.forward = lambda _: replacement.expand(shape).clone()
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-6)
 
 
 def test_a_dropped_patch_hides_its_pixels_and_no_others(family: str, model: nn.Module, images: Tensor) -> None:
@@ -217,9 +232,10 @@ def test_an_image_has_the_same_map_alone_and_in_a_batch(family: str, model: nn.M
 
 def test_one_forward_pass(family: str, model: nn.Module, images: Tensor) -> None:
     explain, calls = explainer(model), []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for block in explain.subject.adapter.blocks:
+        block.block.register_forward_pre_hook(lambda *_: calls.append(1))
     explain(images, [[0, 1], [2, 3]])
-    assert len(calls) == 1
+    assert len(calls) == len(explain.subject.adapter.blocks)
 
 
 def test_the_map_is_the_same_for_every_class() -> None:
@@ -443,6 +459,48 @@ def test_evaluation_counts_what_hard_masks_do() -> None:
     assert found.divergence_median == pytest.approx(torch.stack(divergences).median().item(), rel=1e-4)
     assert found.agreement == pytest.approx(sum(same) / 5)
     assert 0 < found.kept < 1
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "log_probability"}, {"depth": 2}])
+@pytest.mark.parametrize("told", [False, True])
+def test_report_is_about_the_masks_that_are_shown(told: bool, options: dict[str, Any]) -> None:
+    model, images = make_model("cls"), make_images("cls", batch=3)
+    path = random_gates(model, class_specific=told)
+    kind, constraint = (ClassDiffMask, "class") if told else (DiffMask, "distribution")
+    explainer = Explainer(kind(checkpoint=str(path), **options), model)
+    classes = torch.tensor([1, 4, 0])
+    explanation = explainer(images, classes)
+    found = explainer.method.report(model, explanation)
+    replacement = load_file(path)["replacement"]
+    for index, image in enumerate(images):
+        scores = explanation.scores[index].flatten()
+        kept = (scores.exp() if "scale" in options else scores) > 0.5
+        embed = model.patch_embed.register_forward_hook(
+            lambda _, __, out, kept=kept: torch.where(kept.view(out.shape[:-1])[..., None], out, replacement)
+        )
+        with torch.no_grad():
+            answer = model(image[None])
+        embed.remove()
+        with torch.no_grad():
+            whole = model(image[None])
+        expected = divergence(constraint, whole, answer, classes[index : index + 1])[0]
+        assert found.kept[index].item() == pytest.approx(kept.float().mean().item())
+        assert found.divergence[index].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
+        assert found.unchanged[index].item() == (answer.argmax() == whole.argmax()).item()
+    assert (found.divergence_all_masked > 0).all()
+    assert 0 < found.kept.max() < 1
+
+
+def test_report_of_other_maps_is_refused() -> None:
+    model, images = make_model("cls"), make_images("cls")
+    explain = explainer(model)
+    method: Any = explain.method
+    with pytest.raises(TargetError, match="found 2 targets an image"):
+        method.report(model, explain(images, [[0, 1], [2, 3]]))
+    with pytest.raises(InputError, match="of the method rollout"):
+        method.report(model, vitexplain.get_explainer("rollout", model)(images))
+    with pytest.raises(InputError, match="without its images"):
+        method.report(model, dataclasses.replace(explain(images), inputs=None))
 
 
 def test_search_finds_masks_that_hold_and_depends_on_no_neighbour() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from families import make_images, make_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from vitexplain import (
     CheckpointError,
@@ -27,6 +31,7 @@ from vitexplain import (
     adapt,
 )
 from vitexplain.benchmarks.pair_task import GlyphBatches, Scale, learn_masks, learn_task, measure
+from vitexplain.cli import app
 from vitexplain.data.counting_grids import COLOURS, make_counting_grids
 from vitexplain.data.glyph_grids import PATCH, SHAPES, make_glyph_grids
 from vitexplain.diffmask.evaluation import Evaluation
@@ -39,6 +44,7 @@ from vitexplain.training.diffmask_learner import DiffMaskLearner
 from vitexplain.training.lookahead import Lookahead
 from vitexplain.training.picture_batches import PictureBatches
 
+ROOT = Path(__file__).parents[1]
 TINY = DiffMaskSettings(steps=6, evaluate_every=2, warmup_steps=2, validation_batches=2, margin=1.0, agreement=0.0)
 
 
@@ -173,6 +179,17 @@ def test_the_best_gates_meet_the_constraint_and_keep_few_patches(model: nn.Modul
     torch.testing.assert_close(learning.best_gates().replacement.detach(), weight)
 
 
+def test_of_gates_that_keep_about_as_few_patches_those_that_change_less_are_better(
+    model: nn.Module, batches: list[Tensor]
+) -> None:
+    learning = learner(model, batches[0], margin=0.1, agreement=0.95)
+    assert learning.offer(evaluation(divergence=0.09, kept=0.030), 1)
+    assert learning.offer(evaluation(divergence=0.01, kept=0.031), 2)
+    assert not learning.offer(evaluation(divergence=0.02, kept=0.030), 3)
+    assert not learning.offer(evaluation(divergence=0.001, kept=0.032), 4)  # more than the fewest, not than the best
+    assert learning.offer(evaluation(divergence=0.09, kept=0.025), 5)
+
+
 def test_collapse_is_seen(model: nn.Module, batches: list[Tensor]) -> None:
     learning = learner(model, batches[0], margin=0.1, multiplier_limits=(0.0, 20.0))
     assert learning.collapsed(evaluation(divergence=2.0, kept=0.005))
@@ -268,6 +285,49 @@ def test_an_interrupted_training_goes_on_where_it_was(
     weights = load_file(parts)
     assert all(torch.equal(each, weights[name]) for name, each in load_file(whole).items())
     assert not (tmp_path / "parts.safetensors.training").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from families import make_images, make_model
+from vitexplain.training.diffmask import DiffMaskSettings, train_diffmask
+
+class Batches:
+    left = int(sys.argv[2])
+    def __iter__(self):
+        for seed in range(3):
+            Batches.left -= 1
+            if Batches.left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield make_images("cls", batch=4, seed=seed)
+
+settings = DiffMaskSettings(
+    steps=14, evaluate_every=2, warmup_steps=2, validation_batches=2, margin=1.0, agreement=0.0, keep_best=False
+)
+validation = [make_images("cls", batch=4, seed=seed) for seed in range(2)]
+train_diffmask(make_model("cls"), Batches(), Path(sys.argv[1]), settings, validation=validation)
+"""
+
+
+def test_a_killed_training_comes_to_the_same(tmp_path: Path, model: nn.Module, batches: list[Tensor]) -> None:
+    settings = dataclasses.replace(TINY, steps=14, keep_best=False)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    expected = train_diffmask(model, batches, whole, settings, validation=batches[:2])
+    folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "ignore", "-c", KILLED, str(parts), "9"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not parts.exists()
+    found = train_diffmask(model, batches, parts, settings, validation=batches[:2], resume=True)
+    assert [each["step"] for each in found["history"]] == [each["step"] for each in expected["history"]]
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4)
+        assert ours["kept"] == pytest.approx(theirs["kept"])
+    weights = load_file(parts)
+    for name, each in load_file(whole).items():
+        torch.testing.assert_close(weights[name], each, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path, model: nn.Module, batches: list[Tensor]) -> None:
@@ -511,3 +571,17 @@ def test_training_on_scenes_from_the_command_line_s_pieces(tmp_path: Path) -> No
     settings = dataclasses.replace(TINY, steps=2, validation_batches=1)
     card = train_diffmask(loaded.model, batches, tmp_path / "gates.safetensors", settings)
     assert card["model"]["sha256"] == loaded.identity()["sha256"]
+
+
+def test_fields_of_the_recipe_on_the_command_line(tmp_path: Path) -> None:
+    output = tmp_path / "gates.safetensors"
+    words = ["train", "diffmask", "--data", "scenes", "--batch-size", "2", "--steps", "2", "--output", str(output)]
+    wrong = CliRunner().invoke(app, [*words, "--set", "multiplier_rat=1"])
+    assert wrong.exit_code != 0
+    assert "multiplier_rate" in f"{wrong.output}{wrong.exception}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExplanationWarning)
+        done = CliRunner().invoke(app, [*words, "--set", "multiplier_rate=1", "--set", "validation_batches=1"])
+    assert done.exit_code == 0, done.output
+    recipe = json.loads(output.with_suffix(".json").read_text())["training"]
+    assert (recipe["steps"], recipe["multiplier_rate"], recipe["validation_batches"]) == (2, 1.0, 1)

@@ -77,6 +77,19 @@ class TestPanel:
         assert inked[inked < left - 2].min() >= 19
         assert not ((inked > left - 8) & (inked < left - 1)).any()
 
+    def test_legends_stand_below_their_columns(self) -> None:
+        cells = [[Cell(plain(color=255)), Cell(plain(color=255))]] * 2
+        legend = Image.new("RGB", (60, 12), "#0000ff")
+        bare, made = panel(cells, cell_size=100), panel(cells, cell_size=100, legends=[None, legend])
+        assert made.height == bare.height + 10 + 12
+        blue = (np.asarray(made) == (0, 0, 255)).all(-1)
+        rows, columns = np.nonzero(blue)
+        assert blue.sum() == 60 * 12
+        assert (rows.min(), rows.max()) == (20 + 110 + 100 + 10, made.height - 20 - 1)
+        assert (columns.min(), columns.max()) == (20 + 110 + 20, 20 + 110 + 79)
+        with pytest.raises(OptionError, match="1 legends, expected 2"):
+            panel(cells, legends=[legend])
+
     def test_aspect_ratio_is_kept(self) -> None:
         made = panel([[Cell(plain(50, 200, 0))]], cell_size=100)
         assert made.size == (140, 25 + 40)

@@ -31,9 +31,9 @@ def head_of(model: nn.Module, images: Tensor) -> tuple[TokenHead, Capture]:
 
 
 def test_patch_logits_of_a_mean_pooled_model_average_to_the_image_logit() -> None:
-    model, images = make_model("mean_pooled"), make_images("mean_pooled")
+    model, images = make_model("mean_pooled").double(), make_images("mean_pooled").double()
     explanation = get_explainer("pm", model, score="logit")(images, torch.arange(7).expand(2, 7))
-    torch.testing.assert_close(explanation.scores.mean((2, 3)), explanation.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(explanation.scores.mean((2, 3)), explanation.logits, rtol=0, atol=1e-12)
     assert head_of(model, images)[0].decomposes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from vitexplain import (
     Capture,
@@ -33,6 +34,7 @@ from vitexplain.data.stripes import CLASSES, PATCH, SIZE, stripes_examples
 from vitexplain.models.embedded import load_checkpoint
 from vitexplain.models.token_head import TokenHead, token_head
 from vitexplain.preprocessing import Preprocessing
+from vitexplain.training.patch_mask_batches import PatchMaskBatches
 from vitexplain.training.patch_mask_evaluation import evaluate_patch_masks
 from vitexplain.training.patch_masks import PatchMaskSettings, train_patch_masks
 
@@ -51,6 +53,11 @@ def vit(**options: Any) -> VisionTransformer:
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
     return stripes_examples(range(30))
+
+
+def changed(settings: PatchMaskSettings) -> dict[str, Any]:
+    """The fields in which settings differ from those of `train`."""
+    return {name: value for name, value in vars(settings).items() if value != getattr(TINY, name)}
 
 
 def train(model: nn.Module, examples: Sequence[Example], output: Path, **changes: Any) -> dict[str, Any]:
@@ -203,6 +210,50 @@ def test_frozen_parts_rest_while_the_others_train(tmp_path: Path) -> None:
     assert not any(module.training for part in resting for module in part.modules())
     assert all(module.training for module in model.blocks[1].modules())
     assert model.norm.training
+
+
+def test_distillation_asks_for_the_answers_from_before(tmp_path: Path, examples: list[Example]) -> None:
+    model = vit(proj_drop_rate=0.5)  # the answers come from a model that is evaluated, not trained
+    settings = replace(TINY, distillation=True, log_every=1, smallest_crop=0.5)
+    batch = PatchMaskBatches(examples, examples[:5], PREPROCESSING, settings, CLASSES)[0]
+    with torch.no_grad():
+        probabilities = model(batch.images).softmax(1)
+        torch.manual_seed(settings.seed)
+        answers = copy.deepcopy(model).train()(batch.images).log_softmax(1)
+    record = train(model, examples, tmp_path / "pm.safetensors", **changed(settings))
+    expected = -(probabilities * answers).sum(1).mean()
+    assert record["history"][0]["classification_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_distillation_looks_at_no_label_of_pictures_without_masks(tmp_path: Path, examples: list[Example]) -> None:
+    bare = [replace(example, labels=()) for example in examples]
+    weights = []
+    for name, labelled in (("labels", examples), ("none", bare)):
+        output = tmp_path / f"{name}.safetensors"
+        settings = replace(TINY, distillation=True)
+        train_patch_masks(vit(), labelled, examples[:5], PREPROCESSING, output, settings)
+        weights.append(load_file(output))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(InputError, match="labels"):
+        train_patch_masks(vit(), bare, examples[:5], PREPROCESSING, tmp_path / "pm.safetensors", TINY)
+    with pytest.raises(InputError, match="labels"):
+        train_patch_masks(vit(), bare, bare[:5], PREPROCESSING, tmp_path / "pm.safetensors", settings)
+
+
+def test_distillation_keeps_answers_that_labels_would_change(tmp_path: Path, examples: list[Example]) -> None:
+    inputs, moved = PREPROCESSING([example.image for example in examples]), {}
+
+    def probabilities(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return model(inputs).softmax(1)
+
+    for distillation in (False, True):
+        output, model = tmp_path / f"{distillation}.safetensors", vit()
+        before = probabilities(model)
+        train(model, examples, output, steps=30, mask_weight=0.0, distillation=distillation)
+        model.load_state_dict(load_file(output))
+        moved[distillation] = float((probabilities(model) - before).abs().max())
+    assert moved[True] < moved[False] / 5
 
 
 @pytest.mark.parametrize("name", ["model.pt", "no_such_folder/model.safetensors"])

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 from .api import get_explainer, load_model
 from .capture import Capture
+from .comparison import Comparison, compare
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -30,6 +31,7 @@ from .errors import (
 )
 from .explainer import Explainer, Subject, explain_with
 from .explanation import Explanation
+from .export import export_heatmaps, open_export
 from .method import AttentionMethod, Method, ProductMethod, ResidualMethod
 from .models import ModelAdapter, adapt
 from .options import option
@@ -44,6 +46,7 @@ __all__ = [
     "Capture",
     "CaptureError",
     "CheckpointError",
+    "Comparison",
     "Explainer",
     "Explanation",
     "ExplanationWarning",
@@ -63,12 +66,15 @@ __all__ = [
     "UnsupportedModelError",
     "VitExplainError",
     "adapt",
+    "compare",
     "create_method",
     "explain_with",
+    "export_heatmaps",
     "get_explainer",
     "list_methods",
     "load_model",
     "method_info",
+    "open_export",
     "option",
     "register_method",
 ]

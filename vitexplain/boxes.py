@@ -1,11 +1,13 @@
-"""Boxes: around the hot regions of heatmaps, as masks, and how much two of them overlap.
+"""Boxes: around the hot regions of heatmaps, as masks, on pictures, and how much two of them overlap.
 
 A box is x0, y0, x1, y1 in pixels, edges exclusive.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,12 +18,29 @@ from torch import Tensor
 from .errors import InputError, OptionError
 from .render import Pixels
 
-__all__ = ["Boxes", "box_iou", "boxes_above", "boxes_to_masks", "check_boxes", "heat_levels", "heatmap_to_boxes"]
+__all__ = [
+    "ANNOTATED",
+    "FOUND",
+    "Boxes",
+    "box_iou",
+    "boxes_above",
+    "boxes_to_masks",
+    "check_boxes",
+    "draw_boxes",
+    "heat_levels",
+    "heatmap_to_boxes",
+]
 
 Boxes = npt.NDArray[np.int64]
 
 HIGHEST_LEVEL = 255
 """Level of a pixel of heat 1."""
+
+FOUND, ANNOTATED = (255, 255, 255), (0, 200, 255)
+"""Red, green and blue of boxes around hot regions, and of those from annotations."""
+
+_RIM = (20, 20, 20)
+_SIDE_TO_LINE = 112
 
 
 def heatmap_to_boxes(heatmaps: Tensor, threshold: float = 0.5, *, largest: bool = False) -> list[Tensor]:
@@ -119,6 +138,50 @@ def boxes_to_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         across, down = (columns >= x0) & (columns < x1), (rows >= y0) & (rows < y1)
         mask |= (down[:, :, None] & across[:, None]).any(0)
     return masks
+
+
+def draw_boxes(
+    pictures: Pixels,
+    boxes: Sequence[Tensor | npt.NDArray[Any]],
+    *,
+    color: tuple[int, int, int] = FOUND,
+    thickness: int | None = None,
+) -> Pixels:
+    """Outlines boxes on pictures; sides that lie outside of the picture are drawn at its border.
+
+    Args:
+        pictures: uint8 RGB (B, H, W, 3); left as they are.
+        boxes: for each picture (n, 4), in its pixels; n may differ and be 0.
+        color: red, green, blue of the line; it gets a dark rim to stand out anywhere.
+        thickness: of the line in pixels, at least 1; the line lies inside of the box. By default a pixel for every 112
+            of the pictures' shorter side.
+
+    Returns:
+        uint8 RGB (B, H, W, 3).
+
+    Raises:
+        InputError: shapes or types do not fit each other, or boxes are not finite or without area.
+        OptionError: a line thinner than a pixel.
+    """
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3 or len(boxes) != len(pictures):
+        raise InputError(
+            f"found pictures {pictures.shape} of type {pictures.dtype} and boxes of {len(boxes)} pictures, expected "
+            "uint8 (B, H, W, 3) and boxes of B pictures"
+        )
+    height, width = pictures.shape[1:3]
+    thickness = max(1, round(min(height, width) / _SIDE_TO_LINE)) if thickness is None else thickness
+    if thickness < 1:
+        raise OptionError(f"found thickness {thickness!r}, expected a whole number of at least 1")
+    drawn: Pixels = np.array(pictures, order="C")
+    edges = torch.tensor([width, height, width, height])
+    for picture, own in zip(drawn, check_boxes([torch.as_tensor(each) for each in boxes]), strict=True):
+        corners = own.round().long().clamp(min=0).minimum(edges).tolist()
+        # all rims first, so that no rim crosses the line of another box
+        for line, steps in ((_RIM, (-1, thickness)), (color, range(thickness))):
+            for (x0, y0, x1, y1), step in itertools.product(corners, steps):
+                if x0 + step < x1 - step and y0 + step < y1 - step:
+                    cv2.rectangle(picture, (x0 + step, y0 + step), (x1 - 1 - step, y1 - 1 - step), line, 1)
+    return drawn
 
 
 def check_boxes(boxes: Sequence[Tensor]) -> list[Tensor]:

@@ -16,9 +16,14 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from .app.command import app_command
 from .bench.command import EXAMPLES, bench_command
 from .cli_train import train_app
+from .comparison.command import EXAMPLES as COMPARE_EXAMPLES
+from .comparison.command import compare_command
 from .errors import ExplanationWarning, UnknownNameError, VitExplainError
+from .export.command import EXAMPLES as EXPORT_EXAMPLES
+from .export.command import export_command
 
 EXIT_SOME_FAILED = 1
 EXIT_NOT_CARRIED_OUT = 2
@@ -101,7 +106,7 @@ def demo(
 )
 def explain(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or 'patterns*'.")],
-    model: Annotated[str, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = "scenes",
+    model: Annotated[str, typer.Option(metavar="NAME", help="scenes, scenes-pm or timm:ARCHITECTURE.")] = "scenes",
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -125,6 +130,10 @@ def explain(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("vitexplain-output"),
+    boxes: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Draw boxes around what is hotter than this share of the map's highest."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
     size: Annotated[
@@ -173,6 +182,7 @@ def explain(
         targets,
         output,
         batch_size=batch_size,
+        box_threshold=boxes,
         on_failure=lambda error: _say(f"error: {' '.join(str(error).splitlines())}"),
     )
     typer.echo(f"{done} of {len(files)} images explained. Results: {output.resolve()}")
@@ -214,6 +224,9 @@ def models(
 
 
 app.command("bench", epilog=EXAMPLES)(bench_command)
+app.command("app")(app_command)
+app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+app.command("export", epilog=EXPORT_EXAMPLES)(export_command)
 
 
 def _say(text: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .boxes import heatmap_to_boxes
 from .errors import ExplanationWarning, ExportError, InputError, OptionError
 from .explainer import explain_with
 from .explanation import Explanation
@@ -33,6 +34,7 @@ def explain_to_folder(
     output: Path,
     *,
     batch_size: int = 8,
+    box_threshold: float | None = None,
     on_failure: Callable[[InputError], object] | None = None,
 ) -> tuple[int, list[InputError]]:
     """Explains image files and writes ``NAME-METHOD-CLASS.png`` and ``.npy`` for each map, and ``NAME.json``.
@@ -47,6 +49,8 @@ def explain_to_folder(
         targets: class indices explained for every image; empty for each image's predicted class.
         output: folder for the results; results of an earlier run are replaced.
         batch_size: images at a time.
+        box_threshold: draws boxes around what is hotter than this share of each map's highest heat, and records them;
+            None draws none.
         on_failure: called with each error as it happens.
 
     Returns:
@@ -54,12 +58,13 @@ def explain_to_folder(
 
     Raises:
         TargetError: the model has no such class.
-        OptionError: no methods, or a batch size below 1.
+        OptionError: no methods, a batch size below 1, or a threshold outside [0, 1).
         ExportError: a result cannot be written, or would replace one of the images.
     """
     if not methods or batch_size < 1:
         raise OptionError(f"found {len(methods)} methods and batch_size={batch_size}, expected at least 1 of each")
-    writer = _Writer(make_folder(output), files, methods, {"model": model.identity(), "versions": _versions()})
+    about = {"model": model.identity(), "versions": _versions()}
+    writer = _Writer(make_folder(output), files, methods, about, box_threshold)
     targets = list(dict.fromkeys(targets))
     failures: list[InputError] = []
     with tqdm(total=len(files), unit="image", disable=None) as progress:
@@ -115,15 +120,24 @@ class _Writer:
         files: all images of the run: their results get different names, and none of them is overwritten.
         methods: in the order of the explanations.
         about: what every record says.
+        box_threshold: where boxes are drawn, if anywhere.
     """
 
-    def __init__(self, output: Path, files: Sequence[Path], methods: Sequence[Method], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        output: Path,
+        files: Sequence[Path],
+        methods: Sequence[Method],
+        about: dict[str, Any],
+        box_threshold: float | None,
+    ) -> None:
         self.output = output
         self.names = distinct_names([file.stem for file in files])
         self.sources = {file.resolve() for file in files}
         self.methods = methods
         self.method_names = distinct_names([method.info.name for method in methods])
         self.about = about
+        self.box_threshold = box_threshold
 
     def write(self, position: int, file: Path, explanations: Sequence[Explanation]) -> None:
         """Writes maps and record of one image; each explanation is a batch of one."""
@@ -132,7 +146,7 @@ class _Writer:
         maps = [
             record
             for method, method_name, explanation in zip(self.methods, self.method_names, explanations, strict=True)
-            for record in self._maps(f"{name}-{method_name}", method, explanation, explanation.overlay(picture))
+            for record in self._maps(f"{name}-{method_name}", method, explanation, picture)
         ]
         record = {
             "image": str(file),
@@ -144,9 +158,10 @@ class _Writer:
         }
         save_json(record, self._place(f"{name}.json"))
 
-    def _maps(self, stem: str, method: Method, explanation: Explanation, overlays: Any) -> list[dict[str, Any]]:
+    def _maps(self, stem: str, method: Method, explanation: Explanation, picture: Any) -> list[dict[str, Any]]:
         if explanation.targets is None:
             raise OptionError("found a target that is a function, expected classes: files are named by class")
+        overlays = explanation.overlay(picture, box_threshold=self.box_threshold)
         grid, size = explanation.scores.shape[-2:], overlays.shape[-3:]
         figures = {
             "class": explanation.targets,
@@ -154,6 +169,9 @@ class _Writer:
             **explanation.diagnostics,
         }
         columns = {key: values.reshape(-1).tolist() for key, values in figures.items()}
+        if self.box_threshold is not None:
+            heatmaps = explanation.heatmap().reshape(-1, *explanation.image_size)
+            columns["boxes"] = [boxes.tolist() for boxes in heatmap_to_boxes(heatmaps, self.box_threshold)]
         return [
             {
                 "method": explanation.method,

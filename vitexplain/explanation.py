@@ -62,6 +62,14 @@ class Explanation:
         shape = tuple(self.scores.shape)
         return f"Explanation({self.method}, scores {shape}, targets {self._targets_text()}{approximate})"
 
+    def _repr_html_(self) -> str | None:
+        """The panel for notebooks; None, so that they fall back on the text, where the pictures are not known."""
+        from .showing import image_html
+
+        if self.preprocessing is None or self.inputs is None:
+            return None
+        return image_html(self.panel(scale=2), repr(self), scale=2)
+
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -130,27 +138,53 @@ class Explanation:
             )
         return self.preprocessing.picture(self.inputs.float().cpu())
 
-    def overlay(self, pictures: np.ndarray | None = None, **style: Any) -> np.ndarray:
+    def overlay(
+        self,
+        pictures: np.ndarray | None = None,
+        *,
+        boxes: Sequence[Tensor | np.ndarray] | None = None,
+        box_threshold: float | None = None,
+        **style: Any,
+    ) -> np.ndarray:
         """Heatmaps over the pictures.
 
         Args:
             pictures: uint8 (B, H, W, 3) RGB; by default the model's own input.
+            boxes: annotated boxes of each image, B of (n, 4) x0, y0, x1, y1 in pixels of the pictures; drawn in blue.
+            box_threshold: draws white boxes around what is hotter than this share of each map's highest heat, as
+                `vitexplain.boxes.heatmap_to_boxes` finds them.
             **style: `colormap`, `alpha`, `mode` of `render.overlay`.
 
         Returns:
             uint8 (B, H, W, 3), or (B, K, H, W, 3) for K targets.
+
+        Raises:
+            InputError: pictures or boxes do not fit.
+            OptionError: a threshold outside [0, 1), or a style that does not exist.
         """
         from . import render
+        from .boxes import ANNOTATED, draw_boxes, heatmap_to_boxes
 
         pictures = self.pictures() if pictures is None else pictures
         heatmaps = self.heatmap((pictures.shape[1], pictures.shape[2])).cpu()
-        if heatmaps.ndim == 3:
-            return render.overlay(pictures, heatmaps, signed=self.signed, **style)
-        maps = [render.overlay(pictures, heatmaps[:, k], signed=self.signed, **style) for k in range(heatmaps.shape[1])]
-        return np.stack(maps, axis=1)
+        overlays = []
+        for maps in (heatmaps[:, None] if heatmaps.ndim == 3 else heatmaps).unbind(1):
+            drawn = render.overlay(pictures, maps, signed=self.signed, **style)
+            if boxes is not None:
+                drawn = draw_boxes(drawn, boxes, color=ANNOTATED)
+            if box_threshold is not None:
+                drawn = draw_boxes(drawn, heatmap_to_boxes(maps, box_threshold))
+            overlays.append(drawn)
+        return overlays[0] if heatmaps.ndim == 3 else np.stack(overlays, axis=1)
 
-    def panel(self, pictures: np.ndarray | None = None, **style: Any) -> Image:
-        """One picture of everything: a row an image, the input beside the overlay of each target."""
+    def panel(self, pictures: np.ndarray | None = None, *, scale: float = 1, **style: Any) -> Image:
+        """One picture of everything: a row an image, the input beside the overlay of each target.
+
+        Args:
+            pictures: uint8 (B, H, W, 3) RGB; by default the model's own input.
+            scale: pixels for a logical pixel; 2 for high-resolution screens and print.
+            **style: of `overlay`.
+        """
         from .panels import Cell, panel
 
         pictures = self.pictures() if pictures is None else pictures
@@ -166,21 +200,13 @@ class Explanation:
                 for name, probability in zip(name_row, probability_row, strict=True)
             ]
             rows.append([Cell(picture), *(Cell(each, caption) for each, caption in zip(image, captions, strict=True))])
-        return panel(rows, title=self.method)
+        return panel(rows, title=self.method, scale=scale)
 
     def show(self) -> None:
         """Shows `panel` in the notebook, or in the system's image viewer."""
-        image = self.panel()
-        try:
-            from IPython import get_ipython
-            from IPython.display import display
-        except ImportError:
-            image.show()
-            return
-        if get_ipython() is None:
-            image.show()
-        else:
-            display(image)
+        from .showing import show_image
+
+        show_image(self.panel())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the explanation; the suffix says what: ``.png`` the panel, ``.npy`` the raw scores, ``.npz`` all.

@@ -52,6 +52,7 @@ def panel(
     title: str | None = None,
     column_titles: Sequence[str] | None = None,
     row_titles: Sequence[str] | None = None,
+    legends: Sequence[Image.Image | None] | None = None,
     cell_size: int = 224,
     dark: bool = False,
     scale: float = 1.0,
@@ -64,6 +65,7 @@ def panel(
         title: heading of the whole.
         column_titles: one for each column, above it.
         row_titles: one for each row, left of it.
+        legends: one for each column, such as a `colour_bar` drawn at the same scale, below it; None for none.
         cell_size: longer side at which each picture is shown, in logical pixels; its aspect ratio is kept.
         dark: light text on a dark ground.
         scale: pixels for a logical pixel; 2 for high-resolution screens and print.
@@ -74,13 +76,17 @@ def panel(
 
     Raises:
         InputError: no cells.
-        OptionError: numbers of titles that do not match the grid, bad sizes, a font that cannot be read.
+        OptionError: numbers of titles or legends that do not match the grid, bad sizes, a font that cannot be read.
     """
     columns = max((len(row) for row in rows), default=0)
     if not columns:
         raise InputError("found no cells, expected at least one row with one cell.")
-    _check_titles("column_titles", column_titles, columns)
-    _check_titles("row_titles", row_titles, len(rows))
+    for name, given, count in (
+        ("column_titles", column_titles, columns),
+        ("row_titles", row_titles, len(rows)),
+        ("legends", legends, columns),
+    ):
+        _check_count(name, given, count)
     if cell_size < 48 or not 0.25 <= scale <= 8:
         raise OptionError(f"found cell_size {cell_size} and scale {scale}, expected at least 48, and 0.25 to 8.")
     pen = Pen(DARK if dark else LIGHT, scale, font)
@@ -112,7 +118,8 @@ def panel(
         below[index] = text_height + (text_gap if text_height else 0)
         if side_texts:  # a row is never lower than its title
             heights[index] = max(heights[index], pen.height(side_texts[index], _HEADING_SIZE))
-    height = first + sum(heights) + sum(below) + (len(rows) - 1) * row_gap + margin
+    legend_height = max((legend.height + row_gap for legend in legends or () if legend), default=0)
+    height = first + sum(heights) + sum(below) + (len(rows) - 1) * row_gap + legend_height + margin
 
     canvas = pen.start(width, height)
     pen.write(title_lines, _TITLE_SIZE, left, margin, color=pen.theme.title)
@@ -138,6 +145,10 @@ def panel(
             middle = left + column * (cell_width + gap) + cell_width // 2
             pen.write(captions[index][column], _CAPTION_SIZE, middle, top + heights[index] + text_gap, color, "ma")
         top += heights[index] + below[index] + row_gap
+    for column, legend in enumerate(legends or ()):
+        if legend is not None:
+            middle = left + column * (cell_width + gap) + cell_width // 2
+            canvas.paste(legend, (middle - legend.width // 2, top))
     return canvas
 
 
@@ -206,6 +217,6 @@ def _fit(cell: Cell, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
 
 
-def _check_titles(name: str, titles: Sequence[str] | None, count: int) -> None:
-    if titles is not None and len(titles) != count:
-        raise OptionError(f"found {len(titles)} {name}, expected {count}, one for each.")
+def _check_count(name: str, given: Sequence[object] | None, count: int) -> None:
+    if given is not None and len(given) != count:
+        raise OptionError(f"found {len(given)} {name}, expected {count}, one for each.")

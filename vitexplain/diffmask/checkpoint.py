@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import save_json, write_whole
 from ..models.adapter import ModelAdapter
-from ..models.fingerprint import fingerprint, same_weights
+from ..models.fingerprint import same_weights
+from ..models.shipped import model_entry
 from ..models.weights import load_strictly, read_state
 from .constraint import CONSTRAINTS, Constraint
 from .gates import Gates, GateShape
@@ -83,7 +84,7 @@ def save_checkpoint(
     card = {
         "method": "diffmask",
         "format": FORMAT,
-        "model": {"kind": type(adapter.model).__name__, "num_classes": num_classes, **fingerprint(adapter.model)},
+        "model": {**model_entry(adapter.model), "num_classes": num_classes},
         "gates": dataclasses.asdict(gates.shape),
         "constraint": constraint,
         "margin": margin,

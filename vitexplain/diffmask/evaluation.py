@@ -43,6 +43,54 @@ class Evaluation:
         return self.divergence <= margin and self.agreement >= agreement
 
 
+@dataclass(frozen=True, eq=False)
+class MaskReport:
+    """What the hard mask of each image keeps and changes; all (B,).
+
+    Attributes:
+        kept: share of patches kept.
+        divergence: of the model's answer to the masked image, in nats; see `constraint.divergence`.
+        unchanged: whether the predicted class stays the same.
+        divergence_all_masked: divergence where every patch is replaced; where it is small, an empty mask is right.
+    """
+
+    kept: Tensor
+    divergence: Tensor
+    unchanged: Tensor
+    divergence_all_masked: Tensor
+
+
+@torch.no_grad()
+def judge(
+    masked: MaskedModel,
+    replacement: Tensor,
+    images: Tensor,
+    whole: Tensor,
+    mask: Tensor,
+    constraint: Constraint,
+    classes: Tensor | None,
+) -> MaskReport:
+    """Runs the model on masked images, twice: as the masks say, and with every patch replaced.
+
+    Args:
+        masked: the model.
+        replacement: b (D,).
+        images: (B, channels, H, W).
+        whole: logits (B, C) of the whole images.
+        mask: (B, P), 1 where a patch is kept, else 0.
+        constraint: what the divergence is of.
+        classes: (B,) the classes that it is about, where it is of one class.
+    """
+    answer = masked.logits(images, mask, replacement)
+    nothing = masked.logits(images, torch.zeros_like(mask), replacement)
+    return MaskReport(
+        kept=mask.mean(1),
+        divergence=divergence(constraint, whole, answer, classes),
+        unchanged=answer.argmax(1) == whole.argmax(1),
+        divergence_all_masked=divergence(constraint, whole, nothing, classes),
+    )
+
+
 @torch.no_grad()
 def evaluate(
     masked: MaskedModel,
@@ -60,27 +108,21 @@ def evaluate(
         constraint: what the divergence is of; about the predicted class where it is of one class.
         features: (C, class_width) what tells the gates a class; None for gates that are not told one.
     """
-    started = time.monotonic()
-    divergences, alone, agreements, kept = [], [], [], []
+    started, reports = time.monotonic(), []
     for images in batches:
         found = masked.read(images)
         classes = found.logits.argmax(1)
         mask = hard_mask(amortised_log_kept(gates, found, None if features is None else features[classes]))
-        answer = masked.logits(found.images, mask, gates.replacement)
-        nothing = masked.logits(found.images, torch.zeros_like(mask), gates.replacement)
-        divergences.append(divergence(constraint, found.logits, answer, classes))
-        alone.append(divergence(constraint, found.logits, nothing, classes))
-        agreements.append((answer.argmax(1) == classes).float())
-        kept.append(mask.mean(1))
-    each = torch.cat(divergences).float()
+        reports.append(judge(masked, gates.replacement, found.images, found.logits, mask, constraint, classes))
+    each = torch.cat([report.divergence for report in reports]).float()
     median, high = each.quantile(torch.tensor([0.5, 0.95], device=each.device)).tolist()
     return Evaluation(
         divergence=each.mean().item(),
         divergence_median=median,
         divergence_95=high,
-        agreement=torch.cat(agreements).mean().item(),
-        kept=torch.cat(kept).mean().item(),
-        divergence_all_masked=torch.cat(alone).mean().item(),
+        agreement=torch.cat([report.unchanged for report in reports]).float().mean().item(),
+        kept=torch.cat([report.kept for report in reports]).mean().item(),
+        divergence_all_masked=torch.cat([report.divergence_all_masked for report in reports]).mean().item(),
         images=len(each),
         seconds=time.monotonic() - started,
     )

@@ -1,7 +1,8 @@
-"""The Vision Transformer that ships with the package, trained on the procedural scenes.
+"""The Vision Transformers that ship with the package, trained on the procedural scenes.
 
-It needs no download, so every example, test and benchmark can run anywhere. Its training is in
-`vitexplain.training.classifier`, its data in `vitexplain.data.scenes`.
+They need no download, so every example, test and benchmark can run anywhere. The first was trained by
+`vitexplain.training.classifier` on the data of `vitexplain.data.scenes`; its sibling was trained on from there by
+`vitexplain.benchmarks.patch_masks`, with masks of 1 % of the scenes, for the method `pm`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SCENES_ARCHITECTURE: Mapping[str, Any] = {
 """Arguments of timm's `VisionTransformer` for the shipped model; `embed_layer` by name."""
 
 _WEIGHTS = "scenes_vit.safetensors"
+_PATCH_MASKS = "scenes_pm.safetensors"
 
 
 class ConvolutionalStem(nn.Module):
@@ -150,8 +152,22 @@ def load_scenes_model() -> nn.Module:
     Raises:
         CheckpointError: the weights in the installed package are missing or broken.
     """
-    with resources.as_file(resources.files("vitexplain").joinpath("assets")) as folder:
-        return load_checkpoint(folder / _WEIGHTS)
+    return _shipped(_WEIGHTS)
+
+
+def load_patch_mask_model() -> nn.Module:
+    """Returns the sibling of the shipped model whose patches were taught, by a few masks, to name their object.
+
+    Architecture, names of weights, input and classes are those of `load_scenes_model`, and nearly so its answers; the
+    method `pm` reads its maps. Other methods explain it like any model.
+
+    Returns:
+        A new model in evaluation mode, float32, on the CPU.
+
+    Raises:
+        CheckpointError: the weights in the installed package are missing or broken.
+    """
+    return _shipped(_PATCH_MASKS)
 
 
 def scenes_card() -> dict[str, Any]:
@@ -162,3 +178,8 @@ def scenes_card() -> dict[str, Any]:
     """
     with resources.as_file(resources.files("vitexplain").joinpath("assets")) as folder:
         return read_checkpoint_card(folder / _WEIGHTS)
+
+
+def _shipped(weights: str) -> nn.Module:
+    with resources.as_file(resources.files("vitexplain").joinpath("assets")) as folder:
+        return load_checkpoint(folder / weights)

@@ -22,6 +22,7 @@ from .labels import find_class, imagenet_labels, read_labels
 from .weights import first_line, load_strictly, read_state
 
 EMBEDDED = "scenes"
+EMBEDDED_FOR_PM = "scenes-pm"
 _PREFIX = "timm:"
 _TIMM_MODULES = (
     "vision_transformer",
@@ -104,10 +105,10 @@ def load_model(
     """A model by name, ready to be explained.
 
     Args:
-        name: ``"scenes"``, the embedded model; or ``"timm:ARCHITECTURE"``, with weights from the hub, or from
-            `checkpoint` with no network.
+        name: ``"scenes"``, the embedded model; ``"scenes-pm"``, the same trained on a few masks for the method `pm`; or
+            ``"timm:ARCHITECTURE"``, with weights from the hub, or from `checkpoint` with no network.
         checkpoint: `.safetensors`, or a `.pt`/`.pth`/`.bin` state dict (read with ``weights_only=True``). Its
-            classifier says how many classes there are. For ``"scenes"``, what ``vitexplain train classifier`` wrote.
+            classifier says how many classes there are. For the embedded models, what ``vitexplain train`` wrote.
         labels: class names in order, or a file of them: JSON list, JSON object by index, or one name a line. By
             default ImageNet's, where the number of classes is that of one of its sets.
         preprocessing: fields of `Preprocessing` to override, e.g. ``{"mean": (0.5, 0.5, 0.5)}``.
@@ -122,15 +123,15 @@ def load_model(
     """
     place = _device("cpu" if device is None else device)
     given = None if labels is None else read_labels(labels)
-    if name == EMBEDDED:
-        model, weights, names, prepare = _embedded_model(checkpoint)
+    if name in (EMBEDDED, EMBEDDED_FOR_PM):
+        model, weights, names, prepare = _embedded_model(name, checkpoint)
     elif name.startswith(_PREFIX):
         model, weights = _timm_model(name, checkpoint)
         names, prepare = imagenet_labels(model), Preprocessing.from_timm(model)
     else:
         raise UnknownNameError(
-            f"no model called {name!r}. Known: {EMBEDDED} (embedded), {_PREFIX}ARCHITECTURE (for instance "
-            f"{_PREFIX}vit_tiny_patch16_224; `vitexplain models` lists them)"
+            f"no model called {name!r}. Known: {EMBEDDED} and {EMBEDDED_FOR_PM} (embedded), {_PREFIX}ARCHITECTURE "
+            f"(for instance {_PREFIX}vit_tiny_patch16_224; `vitexplain models` lists them)"
         )
     adapter = adapt(model.eval().to(place))
     prepare = prepare.replace(**(preprocessing or {}))
@@ -157,6 +158,8 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
     """
     if fnmatch.fnmatch(EMBEDDED, pattern):
         yield EMBEDDED, "embedded: a small ViT trained on procedural scenes, works offline"
+    if fnmatch.fnmatch(EMBEDDED_FOR_PM, pattern):
+        yield EMBEDDED_FOR_PM, "embedded: the same, trained on a few masks for the method pm"
     for name in fnmatch.filter(_architectures(), pattern.removeprefix(_PREFIX)):
         try:
             model = _without_weights(name)
@@ -174,12 +177,14 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
 
 
 def _embedded_model(
+    name: str,
     checkpoint: str | os.PathLike[str] | None,
 ) -> tuple[nn.Module, str, Sequence[str] | None, Preprocessing]:
     from ..data.scenes import CLASS_NAMES, MEAN, STD
-    from .embedded import load_checkpoint, load_scenes_model
+    from .embedded import load_checkpoint, load_patch_mask_model, load_scenes_model
 
-    model = load_scenes_model() if checkpoint is None else load_checkpoint(os.fspath(checkpoint))
+    shipped = load_scenes_model if name == EMBEDDED else load_patch_mask_model
+    model = shipped() if checkpoint is None else load_checkpoint(os.fspath(checkpoint))
     size: Any = cast("Any", model).patch_embed.img_size
     names = CLASS_NAMES if model.num_classes == len(CLASS_NAMES) else None
     prepare = Preprocessing(tuple(size), MEAN, STD, crop_fraction=1.0)  # as trained: scenes are seen whole

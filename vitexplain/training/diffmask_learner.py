@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from .diffmask_settings import DiffMaskSettings
 _AGREEMENT_AT_START = 0.9
 _FEWEST_HALVINGS = 3
 _LONG_AT_LIMIT = 200
+_HARDLY_MORE = 1.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,8 @@ class DiffMaskLearner(nn.Module):
         gates: what is trained.
         num_classes: C, the model's outputs.
         multipliers: λ, one a depth or one for all; changed by `ascend` alone.
-        best: evaluation, step and weights of the best gates; None before the first evaluation.
+        best: evaluation, step and weights of the best gates, and the fewest patches that any kept which met the
+            constraint; None before the first evaluation.
         restarts: how often gates were replaced by fresh ones.
         masked_at_start: share that the first gates were asked to mask, after halving.
     """
@@ -137,11 +140,20 @@ class DiffMaskLearner(nn.Module):
         return evaluate(self.masked, self.gates, batches, self.settings.constraint, features)
 
     def offer(self, evaluation: Evaluation, step: int) -> bool:
-        """Keeps the gates if they are the best so far (or the last count); whether they are."""
-        better = self.best is None or self._rank(evaluation) < self._rank(Evaluation(**self.best["evaluation"]))
+        """Keeps the gates if they are the best so far (or the last count); whether they are.
+
+        Gates that meet the constraint are better than gates that do not. Of those, the ones that keep the fewest
+        patches are; but gates that keep hardly more and change the answer less are better still: where a few patches
+        carry the answer, dropping one of them on some images saves little and ruins those.
+        """
+        fewest = math.inf if self.best is None else self.best["fewest"]
+        fewest = min(fewest, evaluation.kept) if self.meets(evaluation) else fewest
+        better = self.best is None or self._rank(evaluation, fewest) < self._rank(self._best_evaluation, fewest)
         if better or not self.settings.keep_best:
             weights = {name: each.detach().cpu().clone() for name, each in self.gates.state_dict().items()}
             self.best = {"evaluation": dataclasses.asdict(evaluation), "step": step, "weights": weights}
+        assert self.best is not None
+        self.best["fewest"] = fewest
         return better
 
     def meets(self, evaluation: Evaluation) -> bool:
@@ -193,9 +205,16 @@ class DiffMaskLearner(nn.Module):
             self.masked_at_start /= 2
         return gates
 
-    def _rank(self, evaluation: Evaluation) -> tuple[bool, float, float]:
-        met = self.meets(evaluation)
-        return not met, evaluation.kept if met else 0.0, evaluation.divergence
+    @property
+    def _best_evaluation(self) -> Evaluation:
+        assert self.best is not None
+        return Evaluation(**self.best["evaluation"])
+
+    def _rank(self, evaluation: Evaluation, fewest: float) -> tuple[bool, float, float]:
+        if not self.meets(evaluation):
+            return True, 0.0, evaluation.divergence
+        few = evaluation.kept <= _HARDLY_MORE * fewest
+        return False, 0.0 if few else evaluation.kept, evaluation.divergence
 
     def _told(self, logits: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.settings.class_specific:

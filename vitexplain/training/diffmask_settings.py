@@ -43,7 +43,8 @@ class DiffMaskSettings:
         patience: evaluations without a better result before training stops; 0 never stops early.
         collapsed_below: share of kept patches under which gates that break the constraint count as collapsed.
         restarts: how often collapsed gates are replaced by fresh ones that mask half as much at the start.
-        keep_best: the result is the best evaluation's gates: the constraint met, then few patches; False: the last.
+        keep_best: the result is the best evaluation's gates: the constraint met, then few patches, and of those that
+            keep about as few, the least divergence; False: the last.
         seed: decides initial weights, depths and noise.
     """
 

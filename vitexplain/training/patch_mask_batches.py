@@ -32,7 +32,7 @@ class PatchMaskBatch(NamedTuple):
 
     Attributes:
         images: (B + B_m, 3, H, W) float32, normalised; those with masks last.
-        classes: (B + B_m,) int64.
+        classes: (B + B_m,) int64; -1 for pictures without masks whose label nobody asks for.
         masks: (B_m, H, W) int8: 1 object, 0 background, -1 left out.
     """
 
@@ -120,7 +120,7 @@ class PatchMaskBatches(Dataset[PatchMaskBatch]):
     Labelled examples come in a new order each time all have been seen; annotated ones are drawn with replacement.
 
     Args:
-        labelled: examples with a class; masks that they may have are not looked at.
+        labelled: examples with a class, which `distillation` does not ask for; their masks are not looked at.
         annotated: examples with a class, and a mask or boxes.
         preprocessing: how pictures become the model's input.
         settings: the recipe.
@@ -172,7 +172,8 @@ class PatchMaskBatches(Dataset[PatchMaskBatch]):
         self, example: Example, step: int, index: int, *, annotated: bool = False
     ) -> tuple[Tensor, int, npt.NDArray[np.int8] | None]:
         """Image, class and mask of an example, cropped and mirrored as its place in the training decides."""
-        settings, label = self.settings, self._label(example)
+        settings = self.settings
+        label = self._label(example) if annotated or not settings.distillation else -1
         picture = load_image(example.image)
         size = (picture.height, picture.width)
         mask = object_mask(example, size) if annotated else None

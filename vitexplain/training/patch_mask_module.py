@@ -30,6 +30,7 @@ class PatchMaskModule(lightning.LightningModule):
         settings: the recipe.
         state: file that an interrupted training can go on from.
         identity: what the file is good for: model, settings, data.
+        before: the model as it was, in evaluation mode, where the recipe distils it.
 
     Attributes:
         step: steps done.
@@ -43,11 +44,13 @@ class PatchMaskModule(lightning.LightningModule):
         settings: PatchMaskSettings,
         state: Path,
         identity: dict[str, Any],
+        before: ModelAdapter | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = adapter.model
         self.adapter, self.token_head, self.settings = adapter, head, settings
+        self.before = before
         self.state, self.identity = state, identity
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -83,7 +86,8 @@ class PatchMaskModule(lightning.LightningModule):
         settings = self.settings
         torch.manual_seed(settings.seed * _SPREAD + self.step)  # dropout is then a function of the step
         tokens, logits = final_tokens_and_logits(self.adapter, batch.images)
-        classification = F.cross_entropy(logits, batch.classes, label_smoothing=settings.label_smoothing)
+        answers = self._answers(batch)
+        classification = F.cross_entropy(logits, answers, label_smoothing=settings.label_smoothing)
         masked = self._mask_loss(tokens[-len(batch.masks) :], batch)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
@@ -98,6 +102,13 @@ class PatchMaskModule(lightning.LightningModule):
             self._log()
         if self.step % settings.save_every == 0 and self.step < settings.steps:
             self._save(optimizer)
+
+    def _answers(self, batch: PatchMaskBatch) -> Tensor:
+        """What the image's class should be: the labels (B,), or the probabilities (B, C) from before the training."""
+        if self.before is None:
+            return batch.classes
+        with torch.no_grad():
+            return self.before.logits(batch.images).float().softmax(1)
 
     def _mask_loss(self, tokens: Tensor, batch: PatchMaskBatch) -> Tensor:
         size = (batch.images.shape[-2], batch.images.shape[-1])

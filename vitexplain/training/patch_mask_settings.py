@@ -18,6 +18,9 @@ class PatchMaskSettings:
     Attributes:
         loss: what patches of images with masks are asked; see `patch_mask_losses`.
         mask_weight: λ, weight of the mask loss beside the classification loss; 0 trains on labels alone.
+        distillation: whether the classification loss follows the probabilities that the model gave before training,
+            for every picture as it was cropped, instead of the labels. It costs a further forward pass a step, and
+            keeps the model's answers where few pictures are there to teach them; those without masks need no label.
         steps: number of training steps.
         batch_size: images with labels in a step.
         annotated_batch_size: images with masks in a step, drawn with replacement; they have labels too, and count in
@@ -43,6 +46,7 @@ class PatchMaskSettings:
 
     loss: MaskLoss = "balanced"
     mask_weight: float = 1.0
+    distillation: bool = False
     steps: int = 3_000
     batch_size: int = 48
     annotated_batch_size: int = 16

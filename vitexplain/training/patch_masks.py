@@ -61,7 +61,7 @@ def train_patch_masks(
 
     Args:
         model: the model, or its adapter; training runs on its device.
-        labelled: examples of which only the first label is used.
+        labelled: examples of which only the first label is used, and not even that with `distillation`.
         annotated: examples with a label, and a mask or boxes of that class's objects. Patches beside them are taken to
             show none of the classes, so objects of others have to be left out of the mask (-1). Some pictures with
             objects of several classes, an example each, make the map of a class keep off the others' objects.
@@ -91,14 +91,15 @@ def train_patch_masks(
     from .patch_mask_module import PatchMaskModule
 
     started = time.monotonic()
-    learner = adapt(copy.deepcopy(unwrap(model) if isinstance(model, nn.Module) else model))
+    learner = _copied(model)
     head, num_classes = _examined(learner, preprocessing.size)
     batches = PatchMaskBatches(labelled, annotated, preprocessing, settings, num_classes)
     initial = weights_digest(learner.model)
     identity = {"model": initial, "data": _data_digest(labelled, annotated), **settings.must_match()}
     before = _measured(learner, validation, preprocessing, settings)
     state = path.with_name(f"{path.name}.training")
-    module = PatchMaskModule(learner, head, settings, state, identity)
+    distilled = _copied(model) if settings.distillation else None
+    module = PatchMaskModule(learner, head, settings, state, identity, distilled)
     if resume and state.is_file():
         module.resume()
     place = next(learner.model.parameters()).device
@@ -127,6 +128,13 @@ def train_patch_masks(
     _write(path, learner.model, record)
     state.unlink(missing_ok=True)
     return record
+
+
+def _copied(model: nn.Module | ModelAdapter) -> ModelAdapter:
+    """A copy in evaluation mode."""
+    copied = adapt(copy.deepcopy(unwrap(model) if isinstance(model, nn.Module) else model))
+    copied.model.eval()
+    return copied
 
 
 def _examined(learner: ModelAdapter, size: tuple[int, int]) -> tuple[TokenHead, int]:

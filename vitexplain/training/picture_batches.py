@@ -30,6 +30,7 @@ class PictureBatches:
         batch_size: pictures in a batch; the last of an epoch may have fewer.
         seed: decides the order.
         workers: processes that read ahead; 0 reads in this one.
+        objects: objects in a scene, 1 or 2; 0 lets the seed of each decide.
 
     Raises:
         InputError: there are no pictures, or a number is out of range.
@@ -43,6 +44,7 @@ class PictureBatches:
         batch_size: int = 32,
         seed: int = 0,
         workers: int = 0,
+        objects: int = 1,
     ) -> None:
         if not len(pictures) or batch_size < 1 or workers < 0:
             raise InputError(
@@ -50,7 +52,7 @@ class PictureBatches:
                 "1 and 0"
             )
         self.pictures, self.preprocessing = pictures, preprocessing
-        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.batch_size, self.seed, self.workers, self.objects = batch_size, seed, workers, objects
 
     @classmethod
     def of(cls, data: str, preprocessing: Preprocessing, **settings: int) -> PictureBatches:
@@ -73,7 +75,7 @@ class PictureBatches:
     def endless(self, start: int = 0) -> Iterator[Tensor]:
         """All batches from number `start` on, epoch after epoch; those before it are not read."""
         loader: DataLoader[Tensor] = DataLoader(
-            _Pictures(self.pictures, self.preprocessing),
+            _Pictures(self.pictures, self.preprocessing, self.objects),
             batch_sampler=_Orders(self, start),
             num_workers=self.workers,
             multiprocessing_context="spawn" if self.workers else None,
@@ -85,13 +87,14 @@ class PictureBatches:
 class _Pictures(Dataset[Tensor]):
     """Pictures as the model takes them; goes to worker processes."""
 
-    def __init__(self, pictures: Sequence[Path] | range, preprocessing: Preprocessing) -> None:
-        self.pictures, self.preprocessing = pictures, preprocessing
+    def __init__(self, pictures: Sequence[Path] | range, preprocessing: Preprocessing, objects: int) -> None:
+        self.pictures, self.preprocessing, self.objects = pictures, preprocessing, objects
 
     def __getitem__(self, index: int) -> Tensor:
         picture = self.pictures[index]
-        source = load_image(picture) if isinstance(picture, Path) else make_scene(picture).image
-        return self.preprocessing(source)
+        if isinstance(picture, Path):
+            return self.preprocessing(load_image(picture))
+        return self.preprocessing(make_scene(picture, num_objects=self.objects or None).image)
 
 
 class _Orders(Sampler[list[int]]):

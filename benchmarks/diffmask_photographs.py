@@ -1,0 +1,127 @@
+"""Vision DiffMask on photographs: gates of ViT-Ti, and what their hard masks keep and change.
+
+``python -m vitexplain.benchmarks.diffmask_photographs vit-tiny-diffmask.safetensors
+--output benchmarks/results/diffmask_photographs.md``
+
+``VITEXPLAIN_TEST_DATA`` names the folder of weights and images. Trained is on one photograph of each ImageNet class and
+on every other ImageNet photograph with boxes; measured on the others. Gates that are there already are measured and not
+trained again. The perturbation test beside other methods reads them from the folder where it is started::
+
+    vitexplain bench benchmarks/configurations/diffmask_photographs.yaml --output photographs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitexplain import get_explainer
+from vitexplain.data import Example, load_examples, open_dataset
+from vitexplain.files import write_whole
+from vitexplain.models.loading import LoadedModel
+from vitexplain.training.diffmask import DiffMaskSettings, train_diffmask
+from vitexplain.training.picture_batches import PictureBatches
+
+from .diffmask_scenes import HEADER, joined, row
+from .measuring import machine_facts, markdown_table
+from .patch_masks_photographs import open_vit
+
+SETTINGS = DiffMaskSettings(steps=400, margin=0.2, agreement=0.85, warmup_steps=50, evaluate_every=40)
+"""1,000 classes and few steps: the constraint is looser than by default."""
+
+_BATCH = 16
+_CHOSEN_BY = 64  # photographs held back from training, by which the best gates are chosen
+
+
+def photographs(data: Path) -> tuple[list[Path], list[Path], Sequence[Example]]:
+    """Files to train on and to choose the best gates by, and the examples to test on."""
+    boxes = open_dataset(f"annotated:{data / 'imagenet_val650_boxes'}", boxes_key="boxes_227_xyxy")
+    classes = open_dataset(f"annotated:{data / 'imagenet_train1000_classes'}")
+    known = [_file(example) for example in boxes[1::2]]
+    return [*map(_file, classes), *known[_CHOSEN_BY:]], known[:_CHOSEN_BY], boxes[::2]
+
+
+def _file(example: Example) -> Path:
+    assert isinstance(example.image, Path)  # annotated photographs are files
+    return example.image
+
+
+def train(data: Path, output: Path, settings: DiffMaskSettings) -> None:
+    """Trains gates; goes on from an interrupted training where there is one."""
+    model = open_vit(data)
+    files, chosen_by, _ = photographs(data)
+    batches, held_back = (
+        PictureBatches(each, model.preprocessing, batch_size=_BATCH, seed=settings.seed) for each in (files, chosen_by)
+    )
+    train_diffmask(
+        model.subject.adapter,
+        batches,
+        output,
+        settings,
+        validation=list(held_back),
+        resume=True,
+        progress=True,
+    )
+
+
+def measured(gates: Path, model: LoadedModel, examples: Sequence[Example], **options: Any) -> list[str]:
+    """Cells of the table: the masks of all examples, the predicted class explained."""
+    explainer = get_explainer("diffmask", model, checkpoint=str(gates), **options)
+    method: Any = explainer.method
+    inputs = [batch.inputs for batch in load_examples(examples, model.preprocessing)]
+    return row(joined([method.report(model.model, explainer(images)) for images in inputs]))
+
+
+def report(data: Path, gates: Path, refined: int) -> str:
+    """Trains nothing; measures the masks, and those of the first few examples after a search, as Markdown."""
+    card = json.loads(gates.with_suffix(".json").read_text(encoding="utf-8"))
+    model, examples = open_vit(data), photographs(data)[2]
+    lines = [["gates", str(len(examples)), *measured(gates, model, examples)]]
+    if refined:
+        first = examples[:refined]
+        lines += [
+            ["gates", str(len(first)), *measured(gates, model, first)],
+            ["gates, refined", str(len(first)), *measured(gates, model, first, refine=True)],
+        ]
+    files, chosen_by, _ = photographs(data)
+    return (
+        f"# Vision DiffMask on photographs\n\nViT-Ti, gates of step {card['result']['step']} of "
+        f"{card['training']['steps']}, {_BATCH} of {len(files)} photographs a step, {card['wall_seconds']:.0f} s; "
+        f"chosen by {len(chosen_by)} others. Hard masks of photographs that neither saw. Divergence in nats, "
+        "its mean and its quantiles over images; all masked: its mean where every patch is replaced.\n\n"
+        f"{markdown_table(['masks', 'photographs', *HEADER], lines)}\n"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Trains where there are no gates yet, measures, prints, and writes the table where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gates", type=Path, help="file of the trained gates, ending in .safetensors")
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="training steps")
+    parser.add_argument("--seed", type=int, default=SETTINGS.seed, help="of the training")
+    parser.add_argument("--refined-images", type=int, default=32, help="photographs whose masks are refined; 0: none")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    options = parser.parse_args(arguments)
+    if "VITEXPLAIN_TEST_DATA" not in os.environ:
+        parser.error("set VITEXPLAIN_TEST_DATA to the folder of weights and images")
+    data = Path(os.environ["VITEXPLAIN_TEST_DATA"])
+    if not options.gates.is_file():
+        train(data, options.gates, replace(SETTINGS, steps=options.steps, seed=options.seed))
+    text = report(data, options.gates, options.refined_images)
+    threads = f"{torch.get_num_threads()} threads"
+    text += f"\n{machine_facts('vitexplain.benchmarks.diffmask_photographs', arguments, threads)}\n"
+    print(text)
+    if options.output:
+        write_whole(options.output, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,229 @@
+"""`Comparison`: the maps of several methods, classes and models on the same images, and the views of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..explainer import Subject
+    from ..explanation import Explanation
+    from ..method import Method
+    from .faithfulness import Faithfulness
+    from .table import ComparisonTable
+
+_PDF_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Case:
+    """One class of one image, explained by one model; every method has a map of it.
+
+    Attributes:
+        model: label of the model.
+        image: position of the image.
+        index: position of the class among those explained for this image.
+        target: the class, as the model numbers it.
+        name: its name.
+        probability: what the model gives it, in [0, 1].
+        predicted: it is the model's most probable class.
+    """
+
+    model: str
+    image: int
+    index: int
+    target: int
+    name: str
+    probability: float
+    predicted: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """Maps of the same images side by side; made by `compare`.
+
+    ::
+
+        comparison = compare("scenes", "photo.jpg", ["rollout", "tokentm"], top=2)
+        comparison.show()
+        comparison.save("report.html")
+        print(comparison.table())
+        comparison["tokentm"].scores
+
+    Attributes:
+        subjects: the models by label.
+        methods: the configured methods by label.
+        explanations: by the labels of model and method; each with K targets an image, so its scores are (B, K, h, w).
+        refusals: why a method has no maps on a model, by the same labels.
+        images: names of the images.
+        model_names: what was asked for as a model, by label: a name of `load_model`, or the module's class.
+    """
+
+    subjects: Mapping[str, Subject]
+    methods: Mapping[str, Method]
+    explanations: Mapping[tuple[str, str], Explanation]
+    refusals: Mapping[tuple[str, str], str]
+    images: Sequence[str]
+    model_names: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        refused = f", refused: {', '.join(method for _, method in self.refusals)}" if self.refusals else ""
+        return (
+            f"Comparison({len(self.methods)} methods, {len(self.subjects)} models, {len(self.images)} images, "
+            f"{len(self.cases)} cases{refused})"
+        )
+
+    def __getitem__(self, label: str | tuple[str, str]) -> Explanation:
+        """The explanation of a method, or of a model and a method.
+
+        Raises:
+            UnknownNameError: it was not compared, or was refused.
+            InputError: there are several models and none was named.
+        """
+        if isinstance(label, str) and len(self.subjects) > 1:
+            raise InputError(
+                f"found the method {label!r} alone, expected a model too: comparison[model, {label!r}], with one of "
+                f"{', '.join(self.subjects)}"
+            )
+        key = (next(iter(self.subjects)), label) if isinstance(label, str) else label
+        if key in self.refusals:
+            raise UnknownNameError(f"{key[1]} has no maps on {key[0]}: {self.refusals[key]}")
+        if key not in self.explanations:
+            raise UnknownNameError.listing("map of model and method", ", ".join(key), map(", ".join, self.explanations))
+        return self.explanations[key]
+
+    @cached_property
+    def cases(self) -> tuple[Case, ...]:
+        """What was explained: image by image, class by class, model by model."""
+        cases = []
+        for model in self.subjects:
+            found = self.any_explanation(model)
+            targets, predicted = _targets(found), found.logits.argmax(1).tolist()
+            rows = zip(targets.tolist(), found.target_names(), found.probabilities.tolist(), strict=True)
+            for image, row in enumerate(rows):
+                for index, (target, name, probability) in enumerate(zip(*row, strict=True)):
+                    cases.append(Case(model, image, index, target, name, probability, target == predicted[image]))
+        return tuple(sorted(cases, key=lambda case: (case.image, case.index)))
+
+    def any_explanation(self, model: str) -> Explanation:
+        """Some explanation of a model, for what all of them share: inputs, logits, targets."""
+        return next(each for (label, _), each in self.explanations.items() if label == model)
+
+    def scores(self, case: Case, method: str) -> Tensor | None:
+        """Raw scores (h, w) of one map; None where the method was refused."""
+        found = self.explanations.get((case.model, method))
+        return None if found is None else found.scores[case.image, case.index]
+
+    def inputs(self, model: str) -> Tensor:
+        """What a model was given, (B, 3, H, W), normalised."""
+        return _inputs(self.any_explanation(model))
+
+    @cached_property
+    def pictures(self) -> Mapping[str, np.ndarray]:
+        """What each model saw, uint8 (B, H, W, 3), by its label.
+
+        Raises:
+            InputError: how the images were normalised is not known.
+        """
+        return {model: self.any_explanation(model).pictures() for model in self.subjects}
+
+    @cached_property
+    def faithfulness(self) -> Faithfulness:
+        """Deletion, insertion and SaCo of each map, on its very image; measured when first asked for."""
+        from .faithfulness import measure_faithfulness
+
+        return measure_faithfulness(self)
+
+    @cached_property
+    def costs(self) -> Mapping[tuple[str, str], Mapping[str, float]]:
+        """What each method costs alone, by the labels of model and method; timed when first asked for.
+
+        See `bench.cost.measure_cost` for the figures.
+        """
+        from ..bench.cost import MOST_IMAGES, measure_cost
+
+        costs = {}
+        for (model, method), found in self.explanations.items():
+            inputs, targets = self.inputs(model)[:MOST_IMAGES], _targets(found)[:MOST_IMAGES, 0]
+            costs[model, method] = measure_cost(self.methods[method], self.subjects[model], inputs, targets)
+        return costs
+
+    def table(self, *, faithfulness: bool = True, cost: bool = True) -> ComparisonTable:
+        """Agreement between the methods, faithfulness of each map on its very image, and cost.
+
+        Args:
+            faithfulness: measure deletion, insertion and SaCo; some seventy forward passes a map.
+            cost: time each method alone.
+        """
+        from .table import make_table
+
+        return make_table(self, faithfulness=faithfulness, cost=cost)
+
+    def picture(self, **style: Any) -> Image:
+        """Everything in one picture: a row a case, a column a method; see `picture.draw` for the options."""
+        from .picture import draw
+
+        return draw(self, **style)
+
+    def show(self, **style: Any) -> None:
+        """Shows `picture` in the notebook, or in the system's image viewer."""
+        from ..showing import show_image
+
+        show_image(self.picture(**style))
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Writes the comparison; the suffix says as what.
+
+        Args:
+            path: ``.png`` or ``.pdf`` for the picture, ``.html`` for the report.
+            **options: of `picture.draw`, or of `report.render_report`.
+
+        Raises:
+            InputError: another suffix, or the pictures are not known.
+            ExportError: the file cannot be written.
+        """
+        from ..files import write_whole
+        from ..render import save_png
+
+        path = Path(path)
+        if path.suffix == ".png":
+            return save_png(self.picture(**options), path)
+        if path.suffix == ".pdf":
+            # a page as large as the picture is in logical pixels, 96 of which are an inch
+            resolution = 96 * options.get("scale", 2)
+            save = partial(self.picture(**options).save, format="PDF", resolution=resolution, quality=_PDF_QUALITY)
+            return write_whole(path, save)
+        if path.suffix == ".html":
+            from .report import render_report
+
+            text = render_report(self, **options)
+            return write_whole(path, lambda file: file.write(text.encode()))
+        raise InputError(f"found suffix {path.suffix!r} in {path}, expected .png, .pdf or .html")
+
+    def _repr_html_(self) -> str:
+        from ..showing import image_html
+
+        return image_html(self.picture(), repr(self))
+
+
+def _targets(explanation: Explanation) -> Tensor:
+    if explanation.targets is None:
+        raise InputError("found an explanation of a function of the logits, expected classes")
+    return explanation.targets
+
+
+def _inputs(explanation: Explanation) -> Tensor:
+    if explanation.inputs is None:
+        raise InputError("found an explanation without its inputs, expected one that an explainer made")
+    return explanation.inputs

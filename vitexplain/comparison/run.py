@@ -1,0 +1,232 @@
+"""`compare`: one capture a model serves all methods and classes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..api import load_model
+from ..errors import ExplanationWarning, OptionError, TargetError, UnsupportedModelError
+from ..explainer import Subject, explain_with
+from ..method import Method
+from ..models.adapter import ModelAdapter
+from ..models.graphs import refuse_graphs
+from ..registry import create_method
+from .comparison import Comparison
+
+if TYPE_CHECKING:
+    from ..explainer import Images
+    from ..explanation import Explanation
+    from ..models.loading import LoadedModel
+
+    Model: TypeAlias = "nn.Module | ModelAdapter | Subject | LoadedModel | str"
+    Class: TypeAlias = "int | str"
+    Classes: TypeAlias = "Class | Sequence[Class] | Sequence[Sequence[Class]] | Tensor | np.ndarray | None"
+
+METHODS = ("rollout", "gradcam", "generic_attention", "tokentm")
+"""What is compared where no methods are named."""
+
+
+def compare(
+    model: Model | Sequence[Model] | Mapping[str, Model],
+    images: Images,
+    methods: Sequence[str | Method] | Mapping[str, str | Method] = METHODS,
+    targets: Classes = None,
+    *,
+    top: int = 1,
+    batch_size: int | None = None,
+) -> Comparison:
+    """Explains images by several methods, for several classes, on one model or several.
+
+    A batch costs one forward a model and one backward a class, whatever the number of methods.
+
+    Args:
+        model: one or several, or by own labels in a mapping: modules, adapters, subjects, what `load_model` returned,
+            or names that it takes.
+        images: files, PIL images or a list of these, where the models' preprocessing is known; or a normalised tensor
+            (B, 3, H, W).
+        methods: names, or configured methods; by own labels in a mapping.
+        targets: the classes explained, by index or name: one for all images, a list for all images, or B×K of them
+            (nested lists or a tensor), K an image. None for the most probable classes of each image and model.
+        top: how many of the most probable classes are explained, where `targets` is None.
+        batch_size: images at a time; all at once by default. Halved where memory does not suffice.
+
+    Raises:
+        UnknownNameError: no such model, method or class.
+        TargetError: the classes do not fit the images or the model; a contrast or a function of the logits, which
+            `explain_with` takes.
+        OptionError: no model, no methods, two of one label, or `top` below 1.
+        InputError: an image cannot be read, or does not fit the model.
+        UnsupportedModelError: no method works on a model; where only some do not, the comparison says why.
+    """
+    subjects, model_names = _models(model)
+    chosen = _methods(methods)
+    if top < 1:
+        raise OptionError(f"found top={top}, expected a whole number >= 1")
+    explanations: dict[tuple[str, str], Explanation] = {}
+    refusals: dict[tuple[str, str], str] = {}
+    names: list[str] = []
+    for label, subject in subjects.items():
+        inputs = subject.prepare(images)
+        names = _image_names(images, len(inputs))
+        target = _targets(targets, subject, inputs, top)
+        found, refused = _explain(chosen, subject, inputs, target, batch_size)
+        explanations |= {(label, method): each for method, each in found.items()}
+        refusals |= {(label, method): reason for method, reason in refused.items()}
+    return Comparison(subjects, chosen, explanations, refusals, names, model_names)
+
+
+def _models(given: Model | Sequence[Model] | Mapping[str, Model]) -> tuple[dict[str, Subject], dict[str, str]]:
+    """Subjects by label, and the name that each goes by.
+
+    Raises:
+        OptionError: there are none.
+    """
+    listed: list[Any] = [given]
+    if isinstance(given, list | tuple):
+        listed = list(given)
+    elif isinstance(given, Mapping):
+        listed = list(given.values())
+    pairs = [_subject(each) for each in listed]
+    names = [name for name, _ in pairs]
+    numbered = [name if names.count(name) == 1 else f"{name} {number}" for number, name in enumerate(names, 1)]
+    labels = list(given) if isinstance(given, Mapping) else numbered
+    if not labels:
+        raise OptionError("found no models, expected at least one")
+    return {label: each for label, (_, each) in zip(labels, pairs, strict=True)}, dict(zip(labels, names, strict=True))
+
+
+def _subject(given: Model) -> tuple[str, Subject]:
+    """A model and the name it goes by."""
+    if isinstance(given, str):
+        given = load_model(given)
+    refuse_graphs(given)
+    if isinstance(given, nn.Module | ModelAdapter | Subject):
+        subject = Subject.of(given)
+        return type(subject.adapter.model).__name__, subject
+    return given.name, given.subject
+
+
+def _methods(given: Sequence[str | Method] | Mapping[str, str | Method]) -> dict[str, Method]:
+    from ..metrics.evaluation import label_of
+
+    listed: Iterable[str | Method] = [given] if isinstance(given, str | Method) else given
+    values = list(listed.values()) if isinstance(listed, Mapping) else list(listed)
+    chosen = [create_method(each) if isinstance(each, str) else each for each in values]
+    labels = list(listed) if isinstance(listed, Mapping) else [label_of(each) for each in chosen]
+    if not chosen or len(set(labels)) < len(labels):
+        raise OptionError(f"found the methods {labels}, expected at least one, and each once")
+    return dict(zip(labels, chosen, strict=True))
+
+
+def _targets(given: Classes, subject: Subject, inputs: Tensor, top: int) -> Tensor | None:
+    """Classes (B, K) of one model; None for the predicted one.
+
+    Raises:
+        TargetError: of no accepted form, or of another number of images.
+        UnknownNameError: no class has this name.
+    """
+    if given is None:
+        return None if top == 1 else _most_probable(subject, inputs, top)
+    if callable(given) and not isinstance(given, Tensor):
+        raise TargetError("found a function of the logits as the target, expected classes; explain_with takes it")
+    if isinstance(given, tuple):
+        raise TargetError(f"found the tuple {given!r}, expected a list of classes; explain_with takes contrasts (a, b)")
+    if isinstance(given, Tensor | np.ndarray):
+        if given.ndim == 1:
+            raise TargetError(
+                f"found a target of shape {tuple(given.shape)}, which may mean one class an image or classes of all "
+                "images: pass (B, 1) for the one, or a list for the other"
+            )
+        return _rows(given.tolist() if given.ndim else [[given.item()]] * len(inputs), len(inputs))
+    listed: Sequence[Any] = [given] if isinstance(given, int | str) else given
+    nested = bool(listed) and all(isinstance(row, list | tuple) for row in listed)
+    rows = listed if nested else [listed] * len(inputs)
+    return _rows([[_class_index(each, subject) for each in row] for row in rows], len(inputs))
+
+
+def _rows(rows: Sequence[Sequence[Any]], images: int) -> Tensor:
+    lengths = sorted({len(row) for row in rows})
+    if len(rows) != images or len(lengths) != 1 or not lengths[0]:
+        raise TargetError(
+            f"found classes for {len(rows)} images, {lengths} an image, expected {images} rows of the same length, at "
+            "least 1"
+        )
+    return torch.tensor(rows)
+
+
+def _class_index(given: Any, subject: Subject) -> int:
+    from ..models.labels import find_class
+
+    if isinstance(given, str) and not given.strip().lstrip("+-").isdigit():
+        return find_class(given, subject.labels, len(subject.labels or ()))
+    try:
+        return int(given) if isinstance(given, str) else given.__index__()
+    except AttributeError:
+        raise TargetError(f"found the class {given!r}, expected an index or a name") from None
+
+
+def _most_probable(subject: Subject, inputs: Tensor, top: int) -> Tensor:
+    from ..metrics.predictor import Predictor
+
+    logits = Predictor.of(subject).logits(inputs)
+    if top > logits.shape[1]:
+        raise TargetError(f"found top={top}, expected at most {logits.shape[1]}: the model has that many classes")
+    return logits.topk(top, dim=1).indices
+
+
+def _explain(
+    methods: Mapping[str, Method], subject: Subject, inputs: Tensor, target: Tensor | None, batch_size: int | None
+) -> tuple[dict[str, Explanation], dict[str, str]]:
+    """Explanations, and reasons why there are none, by label of the method.
+
+    Raises:
+        UnsupportedModelError: no method works on the model.
+    """
+    try:
+        found = explain_with(list(methods.values()), subject, inputs, target, batch_size=batch_size)
+        return {label: _with_targets(each) for label, each in zip(methods, found, strict=True)}, {}
+    except UnsupportedModelError:
+        if len(methods) == 1:
+            raise
+    explanations, refusals = {}, {}
+    for label, method in methods.items():
+        try:
+            (alone,) = explain_with([method], subject, inputs, target, batch_size=batch_size)
+            explanations[label] = _with_targets(alone)
+        except UnsupportedModelError as error:
+            refusals[label] = str(error)
+    if not explanations:
+        raise UnsupportedModelError(
+            f"none of {', '.join(methods)} works on this model: {next(iter(refusals.values()))}"
+        )
+    for label, reason in refusals.items():
+        warnings.warn(f"{label} is left out: {reason}", ExplanationWarning, stacklevel=4)
+    return explanations, refusals
+
+
+def _with_targets(explanation: Explanation) -> Explanation:
+    """The same with an axis of targets, also where there is one an image."""
+    if explanation.scores.ndim == 4 or explanation.targets is None:
+        return explanation
+    return replace(
+        explanation,
+        scores=explanation.scores[:, None],
+        targets=explanation.targets[:, None],
+        diagnostics={name: value[:, None] for name, value in explanation.diagnostics.items()},
+    )
+
+
+def _image_names(images: Images, count: int) -> list[str]:
+    listed: Any = images if isinstance(images, list | tuple) else [images]
+    if isinstance(images, Tensor) or len(listed) != count:
+        return [f"image {number}" for number in range(1, count + 1)]
+    paths = [each if isinstance(each, str | os.PathLike) else getattr(each, "filename", "") for each in listed]
+    return [os.path.basename(os.fspath(path)) or f"image {number}" for number, path in enumerate(paths, 1)]
