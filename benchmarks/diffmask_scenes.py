@@ -2,13 +2,10 @@
 
 ``python -m vitexplain.benchmarks.diffmask_scenes --output benchmarks/results/diffmask_scenes.md``
 
-The gates were trained by two commands; the card beside each file has the recipe, the course and the versions::
+They were trained by one command; the card beside the file has the recipe, the course and the versions::
 
     vitexplain train diffmask --data scenes --steps 400 --batch-size 16 --set multiplier_start=30
         --set evaluate_every=50 --set validation_batches=8 --output scenes_diffmask.safetensors
-    vitexplain train diffmask --data scenes --steps 400 --batch-size 16 --set multiplier_start=12
-        --set evaluate_every=50 --set validation_batches=8 --set masked_at_start=0.3
-        --objects 0 --constraint evidence --set top_classes=1 --output scenes_diffmask_class.safetensors
 
 Agreement and divergence are those of the model's answers to images where only the kept patches are left. What a
 patch that is kept shows of the object is told by its masks.
@@ -37,7 +34,6 @@ from vitexplain.models.loading import LoadedModel
 
 from .measuring import machine_facts, markdown_table
 
-METHODS = ("diffmask", "diffmask_class")
 _BATCH = 50
 _QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
@@ -52,22 +48,20 @@ def batches(count: int, num_objects: int) -> Iterator[list[Scene]]:
         yield [make_scene(seed, num_objects=num_objects) for seed in seeds[start : start + _BATCH]]
 
 
-def measure(name: str, model: LoadedModel, count: int, num_objects: int, *, own: bool) -> tuple[MaskReport, Tensor]:
+def measure(model: LoadedModel, count: int, num_objects: int) -> tuple[MaskReport, Tensor]:
     """Reports on the masks (B,) of all scenes, and of each object's patches the share that is kept (B, K).
 
     Args:
-        name: method with shipped gates.
         model: the embedded model.
         count: number of scenes.
         num_objects: objects in each.
-        own: whether the first object's class is explained instead of the predicted one.
     """
-    explainer = get_explainer(name, model)
+    explainer = get_explainer("diffmask", model)
     method: Any = explainer.method
     reports, covered = [], []
     for scenes in batches(count, num_objects):
         images = model.preprocessing([scene.image for scene in scenes])
-        explanation = explainer(images, [scene.classes[0] for scene in scenes] if own else None)
+        explanation = explainer(images)
         reports.append(method.report(model.model, explanation))
         masks = torch.from_numpy(np.stack([scene.masks for scene in scenes]))
         shown = F.adaptive_avg_pool2d(masks.float(), explanation.grid) >= 0.5
@@ -96,20 +90,15 @@ def row(report: MaskReport) -> list[str]:
 def table(count: int) -> str:
     """The figures as Markdown."""
     model, lines, started = load_model(), [], time.monotonic()
-    for name in METHODS:
-        for num_objects, own in ((1, False), (2, False), (2, True)):
-            if own and name == "diffmask":
-                continue  # the same map for every class
-            report, covered = measure(name, model, count, num_objects, own=own)
-            explained = "first object" if own else "predicted"
-            on_objects = [f"{each:.1%}" for each in covered.mean(0)] + ["–"] * (2 - num_objects)
-            lines.append([name, str(num_objects), explained, *row(report), *on_objects])
-    header = ["gates", "objects", "class", *HEADER, "first object", "second object"]
+    for num_objects in (1, 2):
+        report, covered = measure(model, count, num_objects)
+        on_objects = [f"{each:.1%}" for each in covered.mean(0)] + ["–"] * (2 - num_objects)
+        lines.append([str(num_objects), *row(report), *on_objects])
+    header = ["objects", *HEADER, "first object", "second object"]
     return (
         f"# Vision DiffMask on the embedded model\n\n{count} test scenes a line, hard masks, shipped gates. Agreement: "
-        "the predicted class stays. Divergence in nats: of all class probabilities for `diffmask`; for "
-        "`diffmask_class`, by how much the logarithm of the explained class's probability falls; its mean, and "
-        "quantiles over images. All masked: mean divergence where every patch is replaced. First and second object: of "
+        "the predicted class stays. Divergence in nats, of all class probabilities: its mean, and quantiles over "
+        "images. All masked: mean divergence where every patch is replaced. First and second object: of "
         "the patches that it covers by half or more, the share that is kept.\n\n"
         f"{markdown_table(header, lines)}\n\n{time.monotonic() - started:.0f} s.\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,8 +72,9 @@ def _note_support(request: pytest.FixtureRequest) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `method` runs for every method, one that takes `family` for every family.
 
-    With both, methods that read tokens or attention meet every family, unless the test is marked `few_families`; what
-    others do has little to do with the family, so they meet every one only where the test is marked `each_family`.
+    With both, a method that reads tokens or attention meets all of timm's families and one of each other kind, as what it
+    does there has little to do with whose model it is; another method meets one of each kind. Marked `each_family`, a
+    test meets every family with every method, marked `few_families` one of each kind.
     """
     by_method = "method" in metafunc.fixturenames
     by_family = "family" in metafunc.fixturenames
@@ -80,20 +82,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     families = EXACT_STATES if marked("exact_states") else sorted(TIMM if marked("timm_families") else all_families())
     methods = list_methods(trainable=False if marked("needs_no_training") else None)
     if by_method and by_family:
-        few = [name for name in families if name in FEW_FAMILIES]
-        pairs = [
-            (method, family)
-            for method in methods
-            for family in (
-                few if marked("few_families") or not (marked("each_family") or _reads_model(method)) else families
-            )
-            if (method, family) not in NOT_DEFINED
-        ]
-        metafunc.parametrize(("method", "family"), pairs)
+        chosen = {method: _families_for(method, families, marked) for method in methods}
+        metafunc.parametrize(
+            ("method", "family"),
+            [(m, family) for m in methods for family in chosen[m] if (m, family) not in NOT_DEFINED],
+        )
     elif by_method:
         metafunc.parametrize("method", methods)
     elif by_family:
         metafunc.parametrize("family", families)
+
+
+def _families_for(method: str, families: Sequence[str], marked: Callable[[str], object]) -> list[str]:
+    few = [name for name in families if name in FEW_FAMILIES]
+    if marked("each_family"):
+        return list(families)
+    if marked("few_families") or not _reads_model(method):
+        return few
+    return [name for name in families if name in TIMM or name in few]
 
 
 def _reads_model(method: str) -> bool:

@@ -104,23 +104,26 @@ def test_logits_are_those_of_the_model(method: str, model: nn.Module, images: Te
 
 def test_batch_equals_loop(method: str, family: str, model: nn.Module) -> None:
     images, target = make_images(family, batch=3), [0, 5, 2]
-    together = explain(method, model, images, target)
+    explainer = get_explainer(method, model)
+    together = explainer(images, target).scores
     for index in range(3):
-        alone = explain(method, model, images[index : index + 1], [target[index]])
+        alone = explainer(images[index : index + 1], [target[index]]).scores
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-6)
-    by_two = get_explainer(method, model)(images, target, batch_size=2)
+    by_two = explainer(images, target, batch_size=2)
     torch.testing.assert_close(by_two.scores, together, rtol=1e-4, atol=1e-6)
     assert by_two.targets.tolist() == target
 
 
 def test_several_targets_equal_several_runs(method: str, model: nn.Module, images: Tensor) -> None:
     targets = torch.tensor([[1, 4, 6], [0, 4, 2]])
-    together = explain(method, model, images, targets)
+    explainer = get_explainer(method, model)
+    together = explainer(images, targets).scores
     assert together.shape[:2] == (2, 3)
     for k in range(3):
-        torch.testing.assert_close(together[:, k], explain(method, model, images, targets[:, k]), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(together[:, k], explainer(images, targets[:, k]).scores, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.few_families
 def test_fused_equals_eager(method: str, family: str, model: nn.Module, images: Tensor) -> None:
     fused = explain(method, model, images, 3)
     switches = [module for module in model.modules() if hasattr(module, "fused_attn")]
@@ -135,7 +138,8 @@ def test_fused_equals_eager(method: str, family: str, model: nn.Module, images: 
 
 
 def test_claim_class_specific(method: str, model: nn.Module, images: Tensor) -> None:
-    ours, theirs = explain(method, model, images, 1), explain(method, model, images, 4)
+    explainer = get_explainer(method, model)
+    ours, theirs = (explainer(images, target).scores for target in (1, 4))
     if method_info(method).class_specific:
         assert (ours - theirs).abs().max() > 1e-3 * ours.abs().max()
     else:
@@ -187,6 +191,7 @@ def test_model_is_given_back_as_it_was(method: str, model: nn.Module, images: Te
     assert_same_state(before, state_of(model))
 
 
+@pytest.mark.few_families
 def test_model_is_given_back_after_an_exception(method: str, model: nn.Module, images: Tensor) -> None:
     disturb(model)
     explainer = get_explainer(method, model)

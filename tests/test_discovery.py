@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -589,3 +590,15 @@ def test_texts_are_encoded_by_a_borrowed_model() -> None:
     model(images)[:, 1].sum().backward()  # the embeddings take part in a graph
     assert images.grad is not None
     assert get_explainer("generic_attention", model)(make_images("own"), 1).scores.shape == (2, 4, 6)
+
+
+@pytest.mark.parametrize("kind", ["exported", "its module", "scripted"])
+def test_graphs_are_refused(kind: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph: Any = torch.jit.trace(model, images) if kind == "scripted" else torch.export.export(model, (images,))
+    if kind == "its module":
+        graph = graph.module()
+    with pytest.raises(UnsupportedModelError, match="Pass the module itself"):
+        get_explainer("rollout", graph)

@@ -62,8 +62,9 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, names)
     assert Path("explained.png").stat().st_size > 0
+    assert Path("methods.png").stat().st_size > 0
     assert names["tokentm"].scores.shape == (4, 14, 14)

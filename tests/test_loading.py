@@ -263,7 +263,7 @@ class TestNames:
         assert loaded.num_classes == 64
 
     def test_list_models(self) -> None:
-        assert [name for name, _ in list_models("scen*")] == ["scenes"]
+        assert [name for name, _ in list_models("scen*")] == ["scenes", "scenes-pm"]
         found = dict(list_models("timm:test_vit*"))
         assert found["timm:test_vit"] == found["timm:test_vit2"] == ""
         assert set(found) <= {f"timm:{name}" for name in timm.list_models("test_vit*")}

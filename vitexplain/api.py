@@ -8,6 +8,7 @@ from torch import nn
 
 from .explainer import Explainer, Subject
 from .models.adapter import ModelAdapter
+from .models.graphs import refuse_graphs
 from .registry import create_method
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def get_explainer(
         from .models.loading import load_model
 
         model = load_model(model)
+    refuse_graphs(model)
     return Explainer(method, model if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject)
 
 

@@ -1,7 +1,7 @@
 """The app served, and a headless Chromium to drive pages.
 
-Without Playwright these tests are skipped, and so are those of pages without Chromium; VITEXPLAIN_BROWSER=required fails
-where either is missing.
+Without Playwright these tests are skipped, and so are those of pages without Chromium. VITEXPLAIN_BROWSER=required
+fails where either is missing.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .adapter import BlockModules, ModelAdapter
+from .graphs import refuse_graphs
 
 __all__ = ["BlockModules", "ModelAdapter", "adapt", "unwrap"]
 
@@ -37,6 +38,7 @@ def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
     """
     if isinstance(model, ModelAdapter):
         return model
+    refuse_graphs(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"found a {type(model).__name__}, expected a torch.nn.Module (vitexplain.load_model makes one from a name)"
