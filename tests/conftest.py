@@ -57,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--support-matrix")
-    if path is not None:
+    if path is not None and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to the first process
         config.pluginmanager.register(SupportMatrix(path))
 
 
@@ -72,9 +72,9 @@ def _note_support(request: pytest.FixtureRequest) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `method` runs for every method, one that takes `family` for every family.
 
-    With both, a method that reads tokens or attention meets all of timm's families and one of each other kind, as what it
-    does there has little to do with whose model it is; another method meets one of each kind. Marked `each_family`, a
-    test meets every family with every method, marked `few_families` one of each kind.
+    With both, a method that reads tokens or attention meets all of timm's families and one of each other kind, as what
+    it does there has little to do with whose model it is; another method meets one of each kind. Marked `each_family`,
+    a test meets every family with every method, marked `few_families` one of each kind.
     """
     by_method = "method" in metafunc.fixturenames
     by_family = "family" in metafunc.fixturenames

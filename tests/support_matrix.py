@@ -62,9 +62,9 @@ class SupportMatrix:
     def pytest_runtest_logreport(self, report: object) -> None:
         """Counts the passed and failed tests of each method and family."""
         keywords = dict(getattr(report, "user_properties", ()))
-        pair = keywords.get("support")
-        if pair is None:
+        if "support" not in keywords:
             return
+        pair = tuple(keywords["support"])  # a list, where another process ran the test
         if report.when == "call" and report.passed:  # type: ignore[attr-defined]
             self.passed[pair] = self.passed.get(pair, 0) + 1
         elif report.failed:  # type: ignore[attr-defined]

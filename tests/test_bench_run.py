@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vitexplain import (
@@ -41,6 +44,7 @@ from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.metric import MetricBatch
 from vitexplain.metrics.predictor import Predictor
 from vitexplain.metrics.tally import Tally
+from vitexplain.models.shipped import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
@@ -310,8 +314,6 @@ def test_changed_data_is_noticed(tmp_path: Path, explained: list[Any]) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and nothing that follows", None])
 def test_a_damaged_cell_is_computed_again(unbroken: Path, tmp_path: Path, damage: bytes | None) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(unbroken, folder)
     cells = sorted((folder / "cells").glob("*/*.parquet"))
@@ -517,3 +519,20 @@ def test_the_store_lies_in_the_folder(unbroken: Path) -> None:
         *(".lock", "cells", "figures.parquet", "plots", "report.html", "report.md", "results.parquet", "run.json"),
     }
     assert all(CellStore(unbroken / "cells").read(path.stem) is not None for path in unbroken.glob("cells/*/*.parquet"))
+
+
+def test_gates_trained_again_under_the_same_name_are_noticed(tmp_path: Path) -> None:
+    gates = tmp_path / "gates.safetensors"
+    for suffix in (".safetensors", ".json"):
+        shutil.copy((ASSETS / "scenes_diffmask").with_suffix(suffix), gates.with_suffix(suffix))
+    chosen: dict[str, Any] = {
+        "methods": [{"name": "diffmask", "checkpoint": str(gates)}],
+        "metrics": ["energy_in_mask"],
+        "data": {"format": "scenes", "limit": 2},
+    }
+    before = rows_of(bench(tmp_path / "results", **chosen))
+    assert rows_of(bench(tmp_path / "results", **chosen)) == before
+    with safe_open(gates, "pt") as file:
+        about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({name: -tensor for name, tensor in weights.items()}, gates, metadata=about)
+    assert rows_of(bench(tmp_path / "results", **chosen)) != before

@@ -44,6 +44,13 @@ def example_digest(example: Example) -> str:
     return sha.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 (64 hexadecimal digits) of a file's content."""
+    sha = hashlib.sha256()
+    _add_file(sha, path)
+    return sha.hexdigest()
+
+
 def _add_file(sha: Any, path: Path) -> None:
     try:
         with path.open("rb") as file:

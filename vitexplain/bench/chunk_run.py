@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from ..data.batches import ExampleBatch
 from ..errors import InputError
-from ..keys import digest, seed_of
+from ..keys import digest, file_digest, seed_of
 from ..method import Method
 from ..metrics.batches import explain_quietly, explaining
 from ..metrics.metric import Metric, MetricBatch, diagnose
 from ..metrics.predictor import Predictor
 from ..metrics.tally import Rows, measure, own_statistics
 from ..models.loading import LoadedModel
+from ..models.shipped import shipped_checkpoint
 from ..randomness import seeded
 from .configuration import BenchConfiguration
 from .image_set import Chunk, ImageSet
@@ -232,7 +234,16 @@ class ChunkRun:
     def _scores_key(self, method: str) -> str:
         chosen, seed = self.plan.methods[method], self.plan.configuration.seed
         drawn = seed if chosen.info.stochastic else None
-        return digest("scores", self._predictions_key, chosen.info.name, chosen.options, drawn)
+        learned = [] if (found := self._checkpoint(chosen)) is None else [file_digest(found)]
+        return digest("scores", self._predictions_key, chosen.info.name, chosen.options, drawn, *learned)
+
+    def _checkpoint(self, method: Method) -> Path | None:
+        """What a method learned, if it does and has; its content counts, as training again may write the same file."""
+        if not method.info.trainable:
+            return None
+        given = method.options.get("checkpoint")
+        path = Path(given) if given else shipped_checkpoint(method.info.name, self.model.model)
+        return path if path is not None and path.is_file() else None
 
     def _stored(self, key: str, names: Sequence[str]) -> Columns | None:
         """A stored cell, if it is about these images."""
