@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,9 @@ def test_the_server_fetches_nothing_for_its_visitors(path: str, status: int) -> 
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    asyncio.run(OutsideRefused(behind)({"type": "http", "path": path}, None, send))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as other:  # this thread may have a loop already, where a browser was driven from it
+        request = {"type": "http", "path": path}
+        other.submit(lambda: asyncio.run(OutsideRefused(behind)(request, None, send))).result()  # type: ignore[arg-type]
     assert sent[0]["status"] == status
 
 

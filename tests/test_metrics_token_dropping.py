@@ -31,6 +31,7 @@ BY_PLACE = (
     "hf_beit",
     "hf_dinov3",
     "relative_positions",
+    "siglip2",
 )
 """Families whose blocks treat tokens by their places."""
 

@@ -61,8 +61,9 @@ def trainer(device: torch.device, logs: str | os.PathLike[str] | None, *, progre
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Inside, training may seed, warn and be interrupted; outside, the caller's program goes on as it was.
 
-    Random state, whether gradients are recorded, warnings, logging and Ctrl-C are put back. Lightning's own advice about workers and its use of
-    deprecated parts of torch say nothing to our user; and where it is interrupted, it would end the whole program.
+    Random state, whether gradients are recorded, warnings, logging and Ctrl-C are put back. Lightning's own advice
+    about workers and its use of deprecated parts of torch say nothing to our user; and where it is interrupted, it
+    would end the whole program.
     """
     log = logging.getLogger("lightning.pytorch")
     level, on_interrupt = log.level, signal.getsignal(signal.SIGINT)
