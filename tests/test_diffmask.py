@@ -361,7 +361,7 @@ def test_gates_of_another_model_are_refused(tmp_path: Path) -> None:
     path = copied(tmp_path, model)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.bias[3] += 0.5
-    check_refused(path, model, "gates of another model: they were trained on a VisionTransformer")
+    check_refused(path, model, "belongs to another model: it was trained on a VisionTransformer")
 
 
 def test_weights_that_change_under_a_loaded_checkpoint_are_noticed(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_broken_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
     check_refused(tmp_path / "nothing.safetensors", model, "no such file")
     for entries, message in (
         ({"format": 2}, "format 2, expected 1"),
-        ({"method": "other"}, "no card of diffmask gates"),
+        ({"method": "other"}, "no card of a checkpoint of diffmask"),
         ({"constraint": "beauty"}, "constraint 'beauty'"),
         ({"gates": {"width": 24}}, "lacks what describes gates"),
         ({"gates": {"width": 24, "depths": 14, "hidden": 6}}, "gates for 12 blocks, but the model has 3"),

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..explainer import Explainer, Subject
-from ..files import save_json, write_whole
+from ..files import save_json
 from ..models import adapt
 from ..models.adapter import ModelAdapter
-from ..models.companion import ReadOnce, check_companion_model, read_companion_card
-from ..models.shipped import model_entry
+from ..models.companion import (
+    ReadOnce,
+    check_companion_model,
+    read_companion_card,
+    write_companion,
+    write_weights,
+)
 from ..models.weights import load_strictly, read_state
 from ..preprocessing import Preprocessing
 from ..registry import create_method
@@ -58,25 +60,12 @@ def save_checkpoint(
         CheckpointError: the path does not end in ``.safetensors``.
         ExportError: a file cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"found {str(path)!r} to write to, expected a name ending in .safetensors")
     state = {_INTERPRETER + name: tensor for name, tensor in interpreter.state_dict().items()}
     if with_model:
         state |= {_TRUNK + name: tensor for name, tensor in adapter.model.state_dict().items()}
-    identity = {
-        "method": _METHOD,
-        "format": FORMAT,
-        "model": {**model_entry(adapter.model), "num_classes": interpreter.shape.num_classes},
-        "with_model": with_model,
-        "interpreter": dataclasses.asdict(interpreter.shape),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"safetensors": metadata.version("safetensors")},
-    }
-    card = {**identity, **(record or {}), **identity}  # the entries that are read back come first, and count
-    _write_weights(path, state)
-    save_json(card, path.with_suffix(".json"))
-    return card
+    described = {"with_model": with_model, "interpreter": dataclasses.asdict(interpreter.shape)}
+    classes = interpreter.shape.num_classes
+    return write_companion(path, _METHOD, FORMAT, adapter, state, described, num_classes=classes, record=record)
 
 
 def load_interpreter(
@@ -145,14 +134,9 @@ def save_model(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
     """
     explainer = load_iavit(path)
     card = read_companion_card(Path(path), _METHOD, FORMAT, _AGAIN)
-    _write_weights(Path(output), explainer.subject.adapter.model.state_dict())
+    write_weights(Path(output), explainer.subject.adapter.model.state_dict())
     described = ("architecture", "classes", "preprocessing")
     save_json({name: card[name] for name in described if name in card}, Path(output).with_suffix(".json"))
-
-
-def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    write_whole(path, lambda file: file.write(save(whole)))
 
 
 def _read_interpreter(path: Path, adapter: ModelAdapter, device: torch.device, dtype: torch.dtype) -> Interpreter:

@@ -3,18 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import save_json, write_whole
 from .adapter import ModelAdapter
 from .fingerprint import same_weights
+from .shipped import model_entry
 
 _Read = TypeVar("_Read")
+
+
+def write_companion(
+    path: str | os.PathLike[str],
+    method: str,
+    version: int,
+    adapter: ModelAdapter,
+    state: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    *,
+    num_classes: int,
+    record: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes weights and their card.
+
+    Args:
+        path: file to write, ending in ``.safetensors``; the card gets the ending ``.json``. The card is written last.
+        method: registry name of what learned.
+        version: the card's ``format``.
+        adapter: the model they belong to.
+        state: the weights by name.
+        described: entries of the card that are read back with them, JSON-able.
+        num_classes: C, the model's number of outputs.
+        record: further entries of the card, JSON-able: settings, history, results.
+
+    Returns:
+        The card.
+
+    Raises:
+        CheckpointError: the path does not end in ``.safetensors``.
+        ExportError: a file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"found {str(path)!r} to write to, expected a name ending in .safetensors")
+    identity = {
+        "method": method,
+        "format": version,
+        "model": {**model_entry(adapter.model), "num_classes": num_classes},
+        **described,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"safetensors": metadata.version("safetensors")},
+    }
+    card = {**identity, **(record or {}), **identity}  # the entries that are read back come first, and count
+    write_weights(path, state)
+    save_json(card, path.with_suffix(".json"))
+    return card
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Tensors as safetensors, on the CPU, none sharing memory with another."""
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    write_whole(path, lambda file: file.write(save(whole)))
 
 
 def read_companion_card(weights: Path, method: str, version: int, again: str) -> dict[str, Any]:
