@@ -34,7 +34,8 @@ from .iavit_tasks import FROZEN, VARIANTS, Task, cifar10, frozen_scenes, scenes,
 from .measuring import machine_facts, markdown_table
 
 NOTES = (
-    "Percent, mean ± standard deviation over seeds. `plain` is the model alone; the other variants train it with its "
+    "Percent, mean ± standard deviation over seeds; in brackets the 95 % interval over test images, mean over seeds. "
+    "`plain` is the model alone; the other variants train it with its "
     "interpreter, or in the frozen task the interpreter alone: without a regulariser (`none`), with the published "
     "code's loss (`released`), with a true MMD (`mmd`) and image by image (`kl`). All maps of a variant are of the "
     "same trained model. Deletion and insertion put zeros of the normalised input in the place of pixels, in 14 steps, "
@@ -86,8 +87,8 @@ def run(task: Task, variant: str, seed: int, folder: Path, name: str, faithfulne
 
 def measured(
     maps: Mapping[str, Explainer], examples: Sequence[Example], preprocessing: Preprocessing
-) -> dict[str, dict[str, float]]:
-    """Deletion and insertion, and localisation where there are masks, of each method's maps."""
+) -> dict[str, dict[str, list[float]]]:
+    """Deletion and insertion, and localisation where there are masks, of each method's maps: value and interval."""
     metrics = [
         create_metric("deletion", steps=STEPS),
         create_metric("insertion", steps=STEPS, replacement="zeros"),
@@ -103,12 +104,14 @@ def measured(
         metrics,
         target=[example.labels[0] for example in examples],
         masks=masks,
-        resamples=10,
+        resamples=1000,
     )
     labels = dict(zip(found.metrics, ("deletion", "insertion", "PxAP", "pointing"), strict=False))
     return {
         method: {
-            label: next(iter(found.summaries[method, metric].figures.values())) for metric, label in labels.items()
+            label: [estimate.value, estimate.low, estimate.high]
+            for metric, label in labels.items()
+            for estimate in [next(iter(found.estimates[method, metric].values()))]
         }
         for method in found.methods
     }
@@ -137,7 +140,7 @@ def table(runs: Sequence[Mapping[str, Any]], task: str) -> str:
                 [each["figures"][name] for each in chosen] for name in ("accuracy", "interpreter accuracy", "agreement")
             ]
             first = [_spread(values[0]), *("–" if variant == "plain" else _spread(each) for each in values[1:])]
-            found = [_spread([each["maps"][method][name] for each in chosen]) for name in columns]
+            found = [_with_interval([each["maps"][method][name] for each in chosen]) for name in columns]
             rows.append([f"{variant}, {method}", str(len(chosen)), *first, *found])
     return markdown_table([*header, *(f"{name}{arrows.get(name, ' ↑')}" for name in columns)], rows)
 
@@ -146,6 +149,12 @@ def _spread(values: Sequence[float]) -> str:
     """Percent, mean ± standard deviation."""
     scaled = [100 * value for value in values]
     return f"{mean(scaled):.1f}" + (f" ± {stdev(scaled):.1f}" if len(scaled) > 1 else "")
+
+
+def _with_interval(estimates: Sequence[Sequence[float]]) -> str:
+    """Percent: mean ± standard deviation of values, and the mean interval."""
+    low, high = (100 * mean(each[place] for each in estimates) for place in (1, 2))
+    return f"{_spread([each[0] for each in estimates])} [{low:.1f}, {high:.1f}]"
 
 
 def main(arguments: list[str]) -> None:
