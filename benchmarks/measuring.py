@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,28 @@ def random_vit(name: str, image_size: int, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, img_size=image_size, **options)
     return model.eval()
+
+
+def load_vit(name: str, image_size: int, data: Path | None) -> tuple[nn.Module, str]:
+    """A timm Vision Transformer, and whether its weights are "trained" or "random".
+
+    Args:
+        name: timm's name.
+        image_size: side in pixels; position embeddings are resampled to it.
+        data: folder of test data, in which weights may lie under the name; None for random ones.
+    """
+    model: Any = random_vit(name, image_size)
+    path = None if data is None else data / f"{name}_in1k" / "model.safetensors"
+    if path is None or not path.exists():
+        return model, "random"
+    from safetensors.torch import load_file
+    from timm.layers import resample_abs_pos_embed
+
+    state = load_file(path)
+    size = list(model.patch_embed.grid_size)
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], size, num_prefix_tokens=model.num_prefix_tokens)
+    model.load_state_dict(state)
+    return model, "trained"
 
 
 def random_images(batch: int, image_size: int) -> Tensor:
@@ -68,12 +92,8 @@ def forward_backward(model: nn.Module, images: Tensor, target: int = 0) -> Tenso
         return torch.autograd.grad(score, entered)[0]
 
 
-def usual_generic_attention(model: nn.Module, images: Tensor, target: int = 0) -> Tensor:
-    """Generic attention as it is usually written: scores (B, P) of a CLS model with one prefix token.
-
-    Attention is materialised and kept for all blocks, autograd gives the gradient of each, and N×N matrices are
-    multiplied. Weights are frozen and the batch is explained at once, both to the advantage of this implementation.
-    """
+def kept_attention(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Softmax (B, H, N, N) of every block, kept in a forward without fused attention; and the logits (B, C)."""
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -83,12 +103,23 @@ def usual_generic_attention(model: nn.Module, images: Tensor, target: int = 0) -
     attentions = [block.attn for block in blocks]
     handles = [attention.attn_drop.register_forward_hook(keep) for attention in attentions]
     try:
-        with attributes_set(attentions, "fused_attn", False), graph_from_first_block(model):
-            score = model(images)[:, target].sum()
-            gradients = torch.autograd.grad(score, kept)
+        with attributes_set(attentions, "fused_attn", False):
+            logits: Tensor = model(images)
     finally:
         for handle in handles:
             handle.remove()
+    return kept, logits
+
+
+def usual_generic_attention(model: nn.Module, images: Tensor, target: int = 0) -> Tensor:
+    """Generic attention as it is usually written: scores (B, P) of a CLS model with one prefix token.
+
+    Attention is materialised and kept for all blocks, autograd gives the gradient of each, and N×N matrices are
+    multiplied. Weights are frozen and the batch is explained at once, both to the advantage of this implementation.
+    """
+    with graph_from_first_block(model):
+        kept, logits = kept_attention(model, images)
+        gradients = torch.autograd.grad(logits[:, target].sum(), kept)
     with torch.no_grad():
         relevance = torch.eye(kept[0].shape[-1], device=images.device)
         for attention, gradient in zip(kept, gradients, strict=True):
@@ -96,18 +127,19 @@ def usual_generic_attention(model: nn.Module, images: Tensor, target: int = 0) -
     return relevance[:, 0, 1:]
 
 
-def candidate(name: str, model: nn.Module, images: Tensor) -> Run:
+def candidate(name: str, model: nn.Module, images: Tensor, **options: Any) -> Run:
     """A computation by name, ready to run: a method of the registry, or one of the three to compare with.
 
     Args:
         name: a method, `FORWARD`, `FORWARD_BACKWARD` or `USUAL`.
         model: a timm Vision Transformer.
         images: (B, 3, H, W).
+        **options: of the method.
     """
     plain = {FORWARD: forward, FORWARD_BACKWARD: forward_backward, USUAL: usual_generic_attention}
     if name in plain:
         return lambda: plain[name](model, images)
-    explainer = Explainer(create_method(name), model)
+    explainer = Explainer(create_method(name, **options), model)
 
     def explain() -> object:
         with warnings.catch_warnings():
@@ -152,7 +184,7 @@ def machine_facts(module: str, arguments: Sequence[str], threads: str) -> str:
 
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"Command: `{' '.join(['python -m', module, *arguments])}`\n\n"
+        f"Command: `{shlex.join(['python', '-m', module, *arguments])}`\n\n"
         f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()} ({capability}), {os.cpu_count()} logical CPUs, {threads}."
     )

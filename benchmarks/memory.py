@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -120,14 +120,20 @@ def measure_here(name: str, model_name: str, size: int, device: str = "cpu") -> 
 
 def measure(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
     """Measures one candidate in a process of its own; a process that fails gives a row that says how."""
+    found = in_process(_MODULE, [name, model_name, size, device])
+    return Peak(name, size, failure=found) if isinstance(found, str) else Peak(**found)
+
+
+def in_process(module: str, task: Sequence[object]) -> dict[str, Any] | str:
+    """What ``python -m module --child task`` prints last, as JSON; or how that process failed, in a few words."""
     root = Path(vitexplain.__file__).resolve().parent.parent
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    task = json.dumps([name, model_name, size, device])
-    command = [sys.executable, "-m", _MODULE, "--child", task]
+    command = [sys.executable, "-m", module, "--child", json.dumps(task)]
     done = subprocess.run(command, env=os.environ | ALLOCATOR | {"PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode == 0:
-        return Peak(**json.loads(done.stdout.splitlines()[-1]))
-    return Peak(name, size, failure=failure(done.returncode, done.stderr))
+        printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return printed
+    return failure(done.returncode, done.stderr)
 
 
 def failure(returncode: int, stderr: str) -> str:
@@ -139,7 +145,7 @@ def failure(returncode: int, stderr: str) -> str:
     return "out of memory" if "allocate memory" in last or "MemoryError" in last else last[:100]
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Lets this process fail alone when memory runs out, before the kernel picks a victim."""
     import resource
 
@@ -228,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if sys.platform != "linux":
         parser.error("peak memory is read from /proc: run it on Linux")
     if options.child:
-        _limit_memory()
+        limit_memory()
         print(json.dumps(asdict(measure_here(*json.loads(options.child)))))
         return
     peaks = []

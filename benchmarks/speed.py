@@ -20,9 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitexplain.files import write_whole
+from vitexplain.metrics.batches import InformedPredictor
+from vitexplain.metrics.catalogue import create_metric
+from vitexplain.metrics.metric import MetricBatch
+from vitexplain.metrics.predictor import Predictor
 
 from .measuring import (
     FORWARD,
@@ -37,13 +42,35 @@ from .measuring import (
     verdict,
 )
 
-TARGETS = {
+LEGRAD, CURVES = "legrad, 12 blocks", "perturbation curves"
+
+TARGETS: dict[str, tuple[str, float | None]] = {
     "rollout": (FORWARD, 1.15),
     "gradcam": (FORWARD, 1.2),
+    LEGRAD: (FORWARD, None),
     "generic_attention": (FORWARD_BACKWARD, 1.2),
     "tokentm": (FORWARD_BACKWARD, 1.2),
+    "contributions": (FORWARD_BACKWARD, 1.2),
+    "attcat": (FORWARD_BACKWARD, None),
+    "gradient_rollout": (FORWARD_BACKWARD, None),
+    "transformer_attribution": (FORWARD_BACKWARD, None),
+    CURVES: (FORWARD, None),
 }
-"""Method → what it is compared with, and how many times that it may take."""
+"""Computation → what it is compared with, and how many times that it may take on any model; None where not asked."""
+
+BASE = "vit_base_patch16_224"
+BASE_LIMITS = {
+    "rollout": 1.1,
+    "gradcam": 1.15,
+    LEGRAD: 1.25,
+    "generic_attention": 1.15,
+    "tokentm": 1.15,
+    "attcat": 1.15,
+    "gradient_rollout": 1.15,
+    "transformer_attribution": 4.0,
+    CURVES: 19.0,
+}
+"""How many times it may take on a large model, where little of the time goes to calls."""
 
 _MODULE = "vitexplain.benchmarks.speed"
 
@@ -84,6 +111,33 @@ def quartiles(own: Sequence[float], reference: Sequence[float]) -> tuple[float, 
     return low, median, high
 
 
+def computation(name: str, model: nn.Module, images: Tensor) -> Run:
+    """A candidate, LeGrad on twelve blocks as the classifier reads them, or nine-step curves in both directions."""
+    if name == LEGRAD:
+        return candidate("legrad", model, images, layers=12, pooling="head")
+    return perturbation_curves(model, images) if name == CURVES else candidate(name, model, images)
+
+
+def perturbation_curves(model: nn.Module, images: Tensor) -> Run:
+    """Positive and negative perturbation on made-up maps; what the model says of the unchanged images is known."""
+    predictor = Predictor.of(model)
+    maps = torch.rand(len(images), *predictor.adapter.grid(_sides(images)), generator=torch.Generator().manual_seed(1))
+    metrics = [create_metric(f"{direction}_perturbation") for direction in ("positive", "negative")]
+
+    def run() -> object:
+        clean = predictor.logits(images)
+        informed = InformedPredictor(predictor.adapter, predictor.preprocessing, inputs=images, clean=clean)
+        batch = MetricBatch(maps, targets=clean.argmax(1), inputs=images, predictor=informed)
+        return [metric.measure(batch) for metric in metrics]
+
+    return run
+
+
+def _sides(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return height, width
+
+
 def measure(
     model_name: str, methods: Sequence[str], *, size: int, batch: int, rounds: int, threads: int
 ) -> dict[str, Times]:
@@ -92,7 +146,7 @@ def measure(
     torch.set_num_threads(threads)
     try:
         model, images = random_vit(model_name, size), random_images(batch, size)
-        runs = {name: candidate(name, model, images) for name in [FORWARD, FORWARD_BACKWARD, *methods]}
+        runs = {name: computation(name, model, images) for name in [FORWARD, FORWARD_BACKWARD, *methods]}
         return interleaved(runs, rounds, f"{model_name}, {threads} threads")
     finally:
         torch.set_num_threads(before)
@@ -103,6 +157,7 @@ def rows(model_name: str, threads: int, times: Mapping[str, Times]) -> list[list
     lines = []
     for name, own in times.items():
         reference, limit = TARGETS.get(name, (FORWARD, None))
+        limit = BASE_LIMITS.get(name) if model_name == BASE else limit
         cpu = quartiles(own.cpu, times[reference].cpu)
         wall = quartiles(own.wall, times[reference].wall)
         lines.append(
@@ -124,13 +179,19 @@ def rows(model_name: str, threads: int, times: Mapping[str, Times]) -> list[list
 def verdicts(results: Mapping[tuple[str, int], Mapping[str, Times]], threads: int) -> list[str]:
     """One sentence a target, on the median ratio of CPU time with this number of threads."""
     sentences = []
-    for method, (reference, limit) in TARGETS.items():
-        measured = {model: times for (model, count), times in results.items() if count == threads and method in times}
-        if measured:
+    places = {model: times for (model, count), times in results.items() if count == threads}
+    limits = [(places, {name: limit for name, (_, limit) in TARGETS.items() if limit is not None})]
+    limits.append(({model: times for model, times in places.items() if model == BASE}, BASE_LIMITS))
+    for measured, asked in limits:
+        for name, limit in asked.items():
+            reference, _ = TARGETS[name]
             found: dict[str, float | None] = {
-                model: quartiles(times[method].cpu, times[reference].cpu)[1] for model, times in measured.items()
+                model: quartiles(times[name].cpu, times[reference].cpu)[1]
+                for model, times in measured.items()
+                if name in times
             }
-            sentences.append(verdict(f"`{method}` takes at most {limit:g}× {reference}", found, limit))
+            if found:
+                sentences.append(verdict(f"`{name}` takes at most {limit:g}× {reference}", found, limit))
     return sentences
 
 
@@ -172,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     if options.rounds < 1 or min(options.threads or [1]) < 1:
         parser.error("found --rounds or --threads below 1, expected whole numbers >= 1")
-    methods, counts = known_methods(options.methods), options.threads or [1, torch.get_num_threads()]
+    known_methods([name for name in options.methods if name not in TARGETS])
+    methods, counts = options.methods, options.threads or [1, torch.get_num_threads()]
     results = {}
     load = [os.getloadavg()[0]]
     for model in options.models:

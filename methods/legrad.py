@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitexplain.attention import widen
-from vitexplain.block_scores import score_blocks
+from vitexplain.block_scores import RECORDED, score_blocks
 from vitexplain.capture import Capture
 from vitexplain.errors import UnsupportedModelError
 from vitexplain.method import Method
@@ -26,7 +26,7 @@ from vitexplain.target_response import TargetResponse
     title="LeGrad",
     paper="Bousselham et al., LeGrad: An Explainability Method for Vision Transformers via Feature Formation, 2024",
     class_specific=True,
-    passes="2F + 1B",
+    passes="1F + 1B",
 )
 @dataclass(frozen=True)
 class LeGrad(Method):
@@ -36,9 +36,11 @@ class LeGrad(Method):
         y^l = \mathrm{head}(\mathrm{norm}(\mathrm{pool}(x^l)))
 
     with :math:`x^l` the tokens that leave block l. No attention value enters, and no block is followed into another:
-    the score of a block goes back through that block alone. The released code pools all tokens by their mean, prefix
-    and all, whatever the model's head reads; `pooling="head"` reads them as the head does, which is the paper's formula
-    for a CLS head. Scores (B, N) >= 0.
+    the score of a block goes back through that block alone, from its captured input and attention on
+    (`vitexplain.block_scores`): that is one token a block where a CLS head is read as it is, and little more than the
+    forward for all blocks together; with the mean of all tokens it is another forward and backward of those blocks. The
+    released code pools all tokens by their mean, prefix and all, whatever the model's head reads; `pooling="head"`
+    reads them as the head does, which is the paper's formula for a CLS head. Scores (B, N) >= 0.
     """
 
     layers: int = option(2, "how many of the last blocks are read; all where there are fewer", minimum=1)
@@ -51,24 +53,43 @@ class LeGrad(Method):
 
     @property
     def needs(self) -> Needs:
-        """The final tokens, by which the head is found."""
-        return Needs(states=frozenset({"out"}), from_block=-1)
+        """Input, attention and output of the blocks, of all where there may be fewer than `layers`."""
+        return replace(RECORDED, from_block=-1 if self.layers == 1 else 0)
+
+    @property
+    def follows_blocks(self) -> bool:
+        """False: the score of a block goes back through that block alone."""
+        return False
 
     def attribute(self, capture: Capture) -> Tensor:
         """Mean positive gradients (B, N), summed over blocks.
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
             UnsupportedModelError: the head is no linear map of tokens or of their mean.
         """
         response, head = TargetResponse.of(capture, self.info.name), token_head(capture)
         everyone = torch.arange(len(capture.images))
-        blocks = score_blocks(capture, self.layers, lambda tokens: response.read(self._logits(head, tokens), everyone))
+
+        def score(tokens: Tensor) -> Tensor:
+            return response.read(self._logits(head, tokens), everyone)
+
+        blocks = score_blocks(capture, self.layers, score, self._tokens_read(capture, head))
         rows = []
         for block in blocks:
             uniform = capture.images.new_full((len(capture.images), block.layout.count), 1 / block.layout.count)
+            if block.windows is None:  # query rows without a gradient add nothing
+                uniform = uniform * (block.output_gradient != 0).any(3).any(1)
             rows.append(blocks[0].receive(block.propagate(uniform, lambda tile: tile.gradient.clamp(min=0)).mean(1)))
         return torch.stack(rows).sum(0)
+
+    def _tokens_read(self, capture: Capture, head: TokenHead) -> int | None:
+        """The number of prefix tokens, if the head reads no others; None if all may be read."""
+        prefix, final = capture.layouts[-1].prefix, capture.blocks[-1].state("out")
+        if self.pooling == "mean" or prefix == 0:
+            return None
+        noise = torch.randn(1, *final.shape[1:], generator=torch.Generator().manual_seed(0)).to(final)
+        alone, all_tokens = head.image_logits(noise[:, :prefix]), head.image_logits(noise)
+        return prefix if torch.allclose(alone, all_tokens, rtol=1e-4, atol=1e-6) else None
 
     def _logits(self, head: TokenHead, tokens: Tensor) -> Tensor:
         """What the head says (B, C) of the tokens (B, N, D) that leave a block."""

@@ -1,0 +1,275 @@
+"""Cells of the table of peers: what they hold, the CSV files they are kept in, and the report that is made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from vitexplain.files import write_whole
+
+from .measuring import FORWARD, FORWARD_BACKWARD, markdown_table
+
+Spread = Sequence[float]
+"""Lower quartile, median and upper quartile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One pair in one place.
+
+    Attributes:
+        model: timm's name.
+        weights: trained or random.
+        size: image side in pixels.
+        batch: number of images.
+        threads: number of threads.
+        facts: command and machine, as `measuring.machine_facts` gives them.
+        pair: its name.
+        ours: the method here.
+        peer: the other one.
+        ours_failure: how the one failed, if it did.
+        peer_failure: how the other failed, if it did.
+    """
+
+    file: ClassVar[str]
+    model: str
+    weights: str
+    size: int
+    batch: int
+    threads: int
+    facts: str
+    pair: str
+    ours: str
+    peer: str
+    ours_failure: str = ""
+    peer_failure: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other cells."""
+        return self.model, self.weights, self.size, self.batch, self.threads, self.pair
+
+    @property
+    def place(self) -> list[str]:
+        """The first columns of its row."""
+        return [self.ours, self.peer, self.model.partition("_patch")[0], str(self.size), str(self.batch)]
+
+    @property
+    def failure(self) -> str:
+        """How either failed."""
+        return "; ".join(each for each in (self.ours_failure, self.peer_failure) if each).replace("|", "/")
+
+
+def without_places(message: str) -> str:
+    """A message without the places of files on this machine."""
+    return re.sub(r" ?\(?(/[^\s/()]+){2,}[^\s()]*\)?", "", message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeCell(Cell):
+    """CPU times.
+
+    Attributes:
+        rounds: how often each computation ran.
+        load: the machine's load average before the run.
+        forward_seconds: median of the plain forward pass.
+        backward_seconds: median of forward and backward.
+        ours_seconds: median of the method here.
+        peer_seconds: median of the other.
+        ours_forward: time of the one as a multiple of the plain forward, within rounds.
+        ours_backward: as a multiple of forward and backward.
+        peer_forward: the same of the other.
+        peer_backward: likewise.
+        speedup: time of the other as a multiple of the one's, within rounds.
+        likeness: see `likeness`.
+    """
+
+    file = "peers_time.csv"
+    rounds: int
+    load: float
+    forward_seconds: float
+    backward_seconds: float
+    ours_seconds: float | None = None
+    peer_seconds: float | None = None
+    ours_forward: Spread | None = None
+    ours_backward: Spread | None = None
+    peer_forward: Spread | None = None
+    peer_backward: Spread | None = None
+    speedup: Spread | None = None
+    likeness: Sequence[float] | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as long the other takes."""
+        return None if self.speedup is None else self.speedup[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCell(Cell):
+    """Peaks of memory above model and input, in MiB, each of a process of its own.
+
+    Attributes:
+        forward_mebibytes: of the plain forward pass.
+        backward_mebibytes: of forward and backward.
+        ours_mebibytes: of the method here.
+        peer_mebibytes: of the other.
+    """
+
+    file = "peers_memory.csv"
+    forward_mebibytes: float | None = None
+    backward_mebibytes: float | None = None
+    ours_mebibytes: float | None = None
+    peer_mebibytes: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as much the other takes."""
+        if self.ours_mebibytes is None or self.peer_mebibytes is None:
+            return None
+        return self.peer_mebibytes / self.ours_mebibytes
+
+
+_Cell = TypeVar("_Cell", bound=Cell)
+
+
+def likeness(ours: Tensor, peer: Tensor) -> tuple[float, float]:
+    """How alike two maps are: mean rank correlation, and largest difference as a share of a map's range.
+
+    Args:
+        ours: (B, M), or (2, B, M) of which each image takes the one that is more alike.
+        peer: (B, M).
+    """
+    from scipy.stats import spearmanr
+
+    correlations, differences = [], []
+    for sides, other in zip((ours if ours.ndim == 3 else ours[None]).unbind(1), peer, strict=True):
+        found = [(spearmanr(own.numpy(), other.numpy()).statistic, own) for own in sides.float()]
+        correlation, own = max(found, key=lambda each: each[0])
+        correlations.append(float(correlation))
+        differences.append(float((_scaled(own) - _scaled(other.float())).abs().max()))
+    return float(np.mean(correlations)), max(differences)
+
+
+def _scaled(row: Tensor) -> Tensor:
+    return (row - row.min()) / (row.max() - row.min())
+
+
+def read_cells(kind: type[_Cell], folder: Path) -> list[_Cell]:
+    """The cells in a folder; none where there is no file."""
+    path = folder / kind.file
+    if not path.exists():
+        return []
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return [kind(**{name: json.loads(value) for name, value in row.items()}) for row in rows]
+
+
+def add_cells(kind: type[_Cell], new: Sequence[_Cell], folder: Path, order: Sequence[str]) -> None:
+    """Writes cells to a folder, instead of older ones of the same places, and the report anew.
+
+    Every value in the CSV file is JSON, so that numbers, lists, text and nothing are told apart.
+
+    Args:
+        kind: of the cells.
+        new: the cells.
+        folder: where files lie.
+        order: of the pairs.
+    """
+    cells = {each.key: each for each in [*read_cells(kind, folder), *new]}
+    rows = sorted(cells.values(), key=lambda each: (each.model, each.size, each.batch, order.index(each.pair)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: json.dumps(value) for name, value in asdict(each).items()} for each in rows)
+    write_whole(folder / kind.file, lambda file: file.write(text.getvalue().encode()))
+    whole = report(read_cells(TimeCell, folder), read_cells(MemoryCell, folder))
+    write_whole(folder / "peers.md", lambda file: file.write(whole.encode()))
+
+
+def report(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
+    """The figures and what they say as Markdown."""
+    parts = ["# Beside other packages\n"]
+    if times:
+        parts += [_TIME, *_sentences(times, "faster", "slower"), "", _time_table(times), ""]
+    if memory:
+        parts += [_MEMORY, *_sentences(memory, "smaller", "larger"), "", _memory_table(memory), ""]
+    return "\n".join([*parts, *_facts([*times, *memory]), ""])
+
+
+_TIME = f"""## Time
+
+CPU time of the whole call for the whole batch, float32. Each row is one pair: a method of another package, in the form
+that its documentation shows, and the method here that computes the same. Ratios are taken within interleaved rounds:
+median [quartiles]. `{FORWARD}` has no graph; `{FORWARD_BACKWARD}` has frozen weights and the gradient at the first
+block's input. *Alike* is the mean rank correlation of the two maps and their largest difference as a share of a map's
+range. *Naive* recipes are written out in `benchmarks/naive_recipes.py`: one image at a time, attention and its gradient
+kept whole, N×N products.
+"""
+
+_MEMORY = """## Memory
+
+Rise of resident memory on top of model and input in MiB, each figure from a process of its own; random
+weights, float32.
+"""
+
+
+def _sentences(cells: Sequence[TimeCell] | Sequence[MemoryCell], better: str, worse: str) -> list[str]:
+    """In how many cells the method here is better, by its median, and in which it is not."""
+    gains = [(each, each.gain) for each in cells if each.gain is not None]
+    ahead = [gain for _, gain in gains if gain > 1]
+    lines = [f"- The method here is {better} in {len(ahead)} of {len(gains)} rows that have figures of both."]
+    if ahead:
+        lines.append(
+            f"- There the other takes {min(ahead):.2f} to {max(ahead):.1f} times as much; median {np.median(ahead):.2f}"
+        )
+    for each, gain in gains:
+        if gain <= 1:
+            where = f"{each.model.partition('_patch')[0]}, {each.size} px, batch {each.batch}"
+            lines.append(f"- {worse.capitalize()}: {each.ours} against {each.peer} ({where}): {gain:.2f}.")
+    failed = sorted({f"{each.peer} ({each.peer_failure})" for each in cells if each.peer_failure})
+    return lines + [f"- Failed: {each}." for each in failed]
+
+
+def _time_table(cells: Iterable[TimeCell]) -> str:
+    header = ["here", "peer", "model", "px", "batch", "rounds", "forward ms", "here ms", "peer ms", "here × forward"]
+    header += ["peer × forward", "here × forward + backward", "peer × forward + backward", "peer ÷ here", "alike"]
+    rows = []
+    for each in cells:
+        seconds = [each.forward_seconds, each.ours_seconds, each.peer_seconds]
+        spreads = [each.ours_forward, each.peer_forward, each.ours_backward, each.peer_backward, each.speedup]
+        alike = each.failure if each.likeness is None else "{:.3f}, {:.1g}".format(*each.likeness)
+        milliseconds = ["" if value is None else f"{1000 * value:.0f}" for value in seconds]
+        rows.append([*each.place, str(each.rounds), *milliseconds, *map(_spread, spreads), alike])
+    return markdown_table(header, rows)
+
+
+def _spread(spread: Spread | None) -> str:
+    return "" if spread is None else "{1:.2f} [{0:.2f}, {2:.2f}]".format(*spread)
+
+
+def _memory_table(cells: Iterable[MemoryCell]) -> str:
+    header = ["here", "peer", "model", "px", "batch", "forward", "forward + backward", "here", "peer", "peer ÷ here"]
+    rows = []
+    for each in cells:
+        figures = [each.forward_mebibytes, each.backward_mebibytes, each.ours_mebibytes, each.peer_mebibytes]
+        ratio = each.failure if each.gain is None else f"{each.gain:.2f}"
+        rows.append([*each.place, *("" if value is None else f"{value:.0f}" for value in figures), ratio])
+    return markdown_table(header, rows)
+
+
+def _facts(cells: Sequence[Cell]) -> list[str]:
+    """Commands and machines, each once."""
+    lines = dict.fromkeys(line for each in cells for line in each.facts.split("\n\n"))
+    loads = [each.load for each in cells if isinstance(each, TimeCell)]
+    weights = sorted({f"{each.model}: {each.weights}" for each in cells if isinstance(each, TimeCell)})
+    if loads:
+        lines[f"Load average {min(loads)} to {max(loads)} before the runs. Weights: {', '.join(weights)}."] = None
+    return ["\n\n".join(lines)]

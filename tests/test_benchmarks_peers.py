@@ -1,0 +1,284 @@
+"""The drivers that compare with other packages, and that see time grow; the naive recipes are a known answer."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitexplain import Capture, Needs, get_explainer
+from vitexplain.benchmarks import measuring, naive_recipes, peer_cells, peer_libraries, peer_methods, peers, scaling
+from vitexplain.benchmarks.peer_cells import MemoryCell, TimeCell
+from vitexplain.benchmarks.peer_libraries import Subject
+from vitexplain.benchmarks.scaling import Curve
+from vitexplain.block_scores import RECORDED, score_blocks
+
+TINY = "vit_tiny_patch16_224"
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    model = measuring.random_vit(TINY, SIZE, depth=3)
+    return Subject(model, measuring.random_images(2, SIZE), torch.tensor([3, 7]))
+
+
+# ------------------------------------------------------------------------------------------ what is compared with
+
+
+@pytest.mark.parametrize("name", naive_recipes.RECIPES)
+def test_naive_recipes_are_the_methods(subject: Subject, name: str) -> None:
+    naive = naive_recipes.RECIPES[name](subject.model, subject.images, subject.classes)
+    scores = get_explainer(name, subject.model)(subject.images, subject.classes).scores.flatten(1)
+    torch.testing.assert_close(naive, scores, rtol=1e-4, atol=1e-9)
+    assert naive.std(1).min() > 0
+
+
+@pytest.mark.parametrize("name", naive_recipes.RECIPES)
+def test_naive_recipes_leave_the_model_as_it_was(subject: Subject, name: str) -> None:
+    naive_recipes.RECIPES[name](subject.model, subject.images, subject.classes)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in subject.model.parameters())
+    assert all(block.attn.fused_attn for block in subject.model.blocks)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
+
+
+@pytest.mark.parametrize("name", ["saliency", "integrated_gradients", "layer_gradcam", "occlusion"])
+def test_captum_gives_the_same_maps(subject: Subject, name: str) -> None:
+    pair = peer_methods.PAIRS[name]
+    own = pair.ours_rows(pair.run_ours(subject)(), subject)
+    other = pair.peer_rows(pair.run_peer(subject)(), subject)
+    torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_twin_is_the_same_model(subject: Subject) -> None:
+    pytest.importorskip("torchvision")
+    twin = peer_libraries.torchvision_twin(subject.model)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(subject.images), subject.model(subject.images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("package", "names"),
+    [
+        ("pytorch_grad_cam", ["gradcam", "hirescam", "layercam", "eigencam"]),
+        ("torchcam", ["legrad"]),
+        ("quantus", ["deletion"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_peers_give_the_same_where_they_are_installed(subject: Subject, package: str, names: list[str]) -> None:
+    for name in names:
+        run, outcome = peers.prepared(peer_methods.PAIRS[name].run_peer, subject)
+        if importlib.util.find_spec(package) is None:  # then there is a row that says so
+            assert run is None
+            assert outcome.text.startswith("ModuleNotFoundError")
+            continue
+        pair = peer_methods.PAIRS[name]
+        rows = pair.ours_rows(pair.run_ours(subject)(), subject), pair.peer_rows(outcome, subject)
+        correlation, difference = peer_cells.likeness(*rows)
+        if name == "deletion":  # ties within a patch are cut in other places
+            assert correlation > 0.8
+        else:
+            assert correlation > 0.999
+            assert difference < 1e-4
+
+
+def test_likeness_on_made_up_rows() -> None:
+    rows = torch.tensor([[0.0, 1.0, 2.0, 4.0], [4.0, 3.0, 2.0, 0.0]])
+    assert peer_cells.likeness(rows, 5 * rows - 1) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    assert peer_cells.likeness(rows, -rows)[0] == pytest.approx(-1)
+    other = torch.tensor([[0.0, 2.0, 2.0, 4.0], [4.0, 3.0, 2.0, 0.0]])
+    correlation, difference = peer_cells.likeness(rows, other)
+    assert 0.9 < correlation < 1
+    assert difference == pytest.approx(0.25)
+    assert peer_cells.likeness(torch.stack([rows, -rows]), -rows) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+
+
+# ------------------------------------------------------------------------------------------ the driver
+
+
+def failing(_: Subject) -> measuring.Run:
+    def run() -> object:
+        raise LookupError("no such thing | at all\nsecond line")
+
+    return run
+
+
+def test_a_failing_peer_has_a_row_that_says_how(subject: Subject) -> None:
+    pair = replace(peer_methods.PAIRS["gradcam"], run_peer=failing)
+    place = {"model": TINY, "weights": "random", "size": SIZE, "batch": 2, "threads": 1, "facts": "F", "load": 0.5}
+    (cell,) = peers.time_cells(place, subject, {"gradcam": pair}, rounds=2)
+    assert cell.peer_failure == "LookupError: no such thing | at all"
+    assert cell.ours_failure == ""
+    assert cell.speedup is cell.peer_seconds is cell.likeness is None
+    assert cell.ours_seconds is not None
+    assert cell.ours_seconds > 0
+    text = peer_cells.report([cell], [])
+    assert "0 of 0 rows" in text
+    assert "LookupError: no such thing / at all |" in text
+
+
+def test_no_place_of_this_machine_gets_into_a_row() -> None:
+    message = "cannot import name 'a' from 'b.c' (/opt/lib/python3/site-packages/b/c.py), 3 px/s"
+    assert peer_cells.without_places(message) == "cannot import name 'a' from 'b.c', 3 px/s"
+
+
+def test_cells_of_several_runs_make_one_table(tmp_path: Path) -> None:
+    options = ["--models", "vit_tiny", "--sizes", "32", "--rounds", "1", "--output", str(tmp_path)]
+    peers.main([*options, "--batches", "1,2", "--only", "naive_rollout"])
+    peers.main([*options, "--batches", "2", "--only", "layer_gradcam,naive_rollout", "--threads", "1"])
+    rows = list(csv.DictReader((tmp_path / "peers_time.csv").read_text(encoding="utf-8").splitlines()))
+    found = [(json.loads(row["batch"]), json.loads(row["pair"])) for row in rows]
+    assert found == [(1, "naive_rollout"), (2, "layer_gradcam"), (2, "naive_rollout")]
+    assert all(json.loads(row["speedup"])[1] > 0 for row in rows)
+    assert ["--threads 1" in row["facts"] for row in rows] == [False, True, True]  # the later run's
+    text = (tmp_path / "peers.md").read_text(encoding="utf-8")
+    assert "| rollout | naive rollout | vit_tiny | 32 | 2 |" in text
+    assert text.count("Command: ") == 2
+
+
+def test_the_place_of_the_data_stays_out_of_the_tables() -> None:
+    assert peers._without_paths(["--rounds", "1", "--data", "/somewhere"]) == ["--rounds", "1", "--data", "…"]
+
+
+@pytest.mark.parametrize(("argument", "value"), [("--only", "gradcamm"), ("--rounds", "0"), ("--batches", "0")])
+def test_bad_arguments_are_refused_before_anything_is_measured(
+    argument: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        peers.main(["--output", str(tmp_path), argument, value])
+    assert value in capsys.readouterr().err or value == "0"
+    assert not list(tmp_path.iterdir())
+
+
+MADE_UP: dict[str, Any] = {"model": TINY, "weights": "random", "size": 224, "threads": 1, "facts": "C\n\nM"}
+
+
+def test_the_report_says_who_is_ahead() -> None:
+    memory = [
+        MemoryCell(**MADE_UP, batch=1, pair="a", ours="A", peer="P", ours_mebibytes=10.0, peer_mebibytes=25.0),
+        MemoryCell(**MADE_UP, batch=8, pair="a", ours="A", peer="P", ours_mebibytes=30.0, peer_mebibytes=15.0),
+        MemoryCell(**MADE_UP, batch=8, pair="b", ours="B", peer="Q", ours_mebibytes=30.0, peer_failure="killed"),
+    ]
+    text = peer_cells.report([], memory)
+    assert "smaller in 1 of 2 rows" in text
+    assert "2.50 to 2.5 times" in text
+    assert "- Larger: A against P (vit_tiny, 224 px, batch 8): 0.50." in text
+    assert "- Failed: Q (killed)." in text
+    assert text.count("C\n\nM") == 1
+
+
+def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
+    cell = TimeCell(
+        **MADE_UP,
+        batch=1,
+        pair="saliency",
+        ours="A",
+        peer='P, "quoted"',
+        rounds=3,
+        load=0.5,
+        forward_seconds=0.1,
+        backward_seconds=0.2,
+        speedup=[1.0, 2.0, 3.0],
+    )
+    peer_cells.add_cells(TimeCell, [cell], tmp_path, ["saliency"])
+    assert peer_cells.read_cells(TimeCell, tmp_path) == [cell]
+    assert peer_cells.read_cells(MemoryCell, tmp_path) == []
+
+
+def test_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Any]] = []
+
+    def in_process(_: str, task: list[Any]) -> dict[str, float] | str:
+        asked.append(task)
+        return "out of memory" if task[1] == "peer" else {"process": 7.0}
+
+    monkeypatch.setattr(peers, "in_process", in_process)
+    place = {**MADE_UP, "batch": 8}
+    (cell,) = peers.memory_cells(place, {"gradcam": peer_methods.PAIRS["gradcam"]})
+    assert (cell.ours_mebibytes, cell.peer_mebibytes, cell.peer_failure) == (7.0, None, "out of memory")
+    assert cell.forward_mebibytes == cell.backward_mebibytes == 7.0
+    assert [task[:2] for task in asked] == [
+        [measuring.FORWARD, "plain"],
+        [measuring.FORWARD_BACKWARD, "plain"],
+        ["gradcam", "ours"],
+        ["gradcam", "peer"],
+    ]
+
+
+# ------------------------------------------------------------------------------------------ growth
+
+
+def test_exponents_of_made_up_curves() -> None:
+    values = (1, 2, 4, 8)
+    square = Curve("tokens", "A", values, tuple((value**2, value**2, value**2) for value in values))
+    assert square.exponent() == pytest.approx(2)
+    bent = Curve("tokens", "A", values, tuple((seconds,) * 3 for seconds in (1.0, 1.0, 1.0, 2.0)))
+    assert bent.exponent(2) == pytest.approx(1)
+    assert 0 < bent.exponent() < 1
+
+
+def test_growth_is_drawn_and_tabled() -> None:
+    pytest.importorskip("matplotlib")
+    curves = [
+        Curve(axis, name, (1, 2), ((0.9, 1.0, 1.1), (1.8, 2.0, 2.2))) for axis in scaling.AXES for name in ("A", "B")
+    ]
+    text = scaling.report(curves, TINY, "facts")
+    assert text.count("| A | 1000 | 2000 | 1.00 | 1.00 |") == len(scaling.AXES)
+    file = io.BytesIO()
+    scaling.draw(curves, file)
+    assert b"<svg" in file.getvalue()
+
+
+def test_scaling_driver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--axes", "targets", "methods", "--largest", "2", "--rounds", "1", "--methods", "gradcam"]
+    scaling.main([*options, "--output", str(tmp_path)])
+    text = (tmp_path / "scaling.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert f"| {scaling.TOGETHER} |" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scaling.md", "scaling.svg"]
+
+
+# ------------------------------------------------------------------------------------------ LeGrad from one forward
+
+
+class Mixing(nn.Module):
+    """A feed-forward branch in which tokens see each other, so that no token can be computed alone."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + 0.1 * tokens.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("reads", [1, None])
+def test_blocks_computed_again_give_what_a_second_forward_gives(mixing: bool, reads: int | None) -> None:
+    model: Any = measuring.random_vit(TINY, SIZE, depth=3)
+    images, forwards = measuring.random_images(2, SIZE), []
+    if mixing:
+        model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Mixing())
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+
+    def score(tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens[:, 0] if reads else tokens.mean(1)).square().sum(1)
+
+    def gradients(needs: Needs) -> list[torch.Tensor]:
+        with torch.no_grad(), Capture(model, needs) as capture:
+            capture.forward(images)
+            return [block.attention_gradient() for block in score_blocks(capture, 2, score, reads)]
+
+    expected = gradients(Needs())
+    assert len(forwards) == 2
+    found = gradients(RECORDED)
+    assert len(forwards) == (4 if mixing and reads else 3)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+        assert other.abs().max() > 0
