@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitexplain.captum_attribution import SampledAttribution
 from vitexplain.options import option
-from vitexplain.randomness import seeded
+from vitexplain.randomness import normal_draws
 from vitexplain.registry import register_method
 from vitexplain.target_response import BASELINES, ImageResponse
 
@@ -24,13 +24,13 @@ from vitexplain.target_response import BASELINES, ImageResponse
 )
 @dataclass(frozen=True)
 class GradientShap(SampledAttribution):
-    r"""Gradients at random points between a baseline and noisy copies of the image, times the way, by captum.
+    r"""Gradients at random points between a baseline and noisy copies of the image, times the way.
 
     .. math:: m_j = \sum_{p \in j} \mathbb E_{t, \epsilon} \Bigl[(x_p + \epsilon_p - b_p)
         \frac{\partial y}{\partial x_p}(b + t (x + \epsilon - b))\Bigr], \qquad t \sim \mathcal U(0, 1)
 
     with p over pixels and channels of patch j and b the baseline image; ε is Gaussian. The expectation is a mean of
-    `samples` draws, the same for every image; which they are depends on `batch_size` and the device too. A
+    `samples` draws, the same for every image, whatever the batch and the device; the gradients are captum's. A
     distribution of baselines would be images of the data that the model was trained on; there are none here, so b is
     one image, and the method is integrated gradients by chance instead of by steps. One forward and one backward pass
     a draw, besides the capture's forward. Scores (B, h, w).
@@ -43,13 +43,14 @@ class GradientShap(SampledAttribution):
 
     def image_pixels(self, one: ImageResponse) -> Tensor:
         """Attribution (1, channels, H, W)."""
-        from captum.attr import GradientShap as CaptumGradientShap
+        from captum.attr import Saliency
 
-        image, baseline = one.image.requires_grad_(), one.baseline(self.baseline)
+        image, baseline = one.image, one.baseline(self.baseline)
+        generator = torch.Generator().manual_seed(self.seed)
+        shares = torch.rand(self.samples, 1, 1, 1, generator=generator).to(image)
         total = torch.zeros_like(baseline)
-        with seeded(self.seed, image.device):
-            # captum takes all samples of a call in one forward
-            for part in torch.split(torch.arange(self.samples), one.batch.forward_size):
-                mean = CaptumGradientShap(one).attribute(image, baseline, len(part), float(self.noise))
-                total += mean.detach() * (len(part) / self.samples)
-        return total
+        for part in torch.split(shares, one.batch.forward_size):
+            way = image + self.noise * normal_draws(len(part), image, generator) - baseline
+            points = baseline + part * way
+            total += (way * Saliency(one).attribute(points.requires_grad_(), abs=False)).sum(0)
+        return total / self.samples

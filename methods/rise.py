@@ -33,7 +33,8 @@ class Rise(Method):
     its mean over patch j. What is masked takes the mean colour (zero in the model's normalised input). No gradient and
     nothing of the model's inside is needed. Every image gets the same masks, from `seed`. Each mask costs a forward
     pass, besides the capture's; fewer than a thousand leave much noise. Scores (B, h, w), about the class's mean
-    probability where a patch does not matter.
+    probability where a patch does not matter. For a contrast, the difference of two probabilities takes the place of
+    p_c, for a function of the logits its own value; scores may then be negative.
     """
 
     masks: int = option(4000, "masks that the model is asked about", minimum=1)
@@ -43,11 +44,7 @@ class Rise(Method):
     batch_size: int = option(64, "images in one forward pass; on the CPU never more than 8", minimum=1)
 
     def attribute(self, capture: Capture) -> Tensor:
-        """Scores (B, h, w).
-
-        Raises:
-            TargetError: the target is a contrast or a function of the logits.
-        """
+        """Scores (B, h, w)."""
         response = TargetResponse.of(capture, self.info.name, "probability", self.batch_size)
         height, width = response.images.shape[-2:]
         masks = RandomMasks.draw(self.masks, (height, width), self.cells, self.probability, self.seed)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vitexplain.captum_attribution import SampledAttribution
 from vitexplain.options import option
-from vitexplain.randomness import seeded
+from vitexplain.randomness import normal_draws
 from vitexplain.registry import register_method
 from vitexplain.target_response import ImageResponse
 
@@ -22,15 +23,14 @@ from vitexplain.target_response import ImageResponse
 )
 @dataclass(frozen=True)
 class SmoothGrad(SampledAttribution):
-    r"""Mean gradient at pixels over copies of the image with Gaussian noise, by captum.
+    r"""Mean gradient at pixels over copies of the image with Gaussian noise; the gradients are captum's.
 
     .. math:: m_j = \frac{1}{|j|} \sum_{p \in j} \Bigl|\frac1n \sum_{i=1}^n
         \frac{\partial y}{\partial x_p}(x + \epsilon_i)\Bigr|,
         \qquad \epsilon_i \sim \mathcal N\bigl(0, \sigma^2 (\max x - \min x)^2\bigr)
 
-    with p over pixels and channels of patch j. Every image gets the same draws, from `seed`; which they are depends on
-    `batch_size` and the device too. One forward and one backward pass a copy, besides the capture's forward. Scores
-    (B, h, w).
+    with p over pixels and channels of patch j. Every image gets the same draws, from `seed`, whatever the batch and the
+    device. One forward and one backward pass a copy, besides the capture's forward. Scores (B, h, w).
     """
 
     reduction: str = option(
@@ -44,16 +44,12 @@ class SmoothGrad(SampledAttribution):
 
     def image_pixels(self, one: ImageResponse) -> Tensor:
         """Smoothed gradients (1, channels, H, W)."""
-        from captum.attr import NoiseTunnel, Saliency
+        from captum.attr import Saliency
 
-        image = one.image.requires_grad_()
-        with seeded(self.seed, image.device):
-            gradient: Tensor = NoiseTunnel(Saliency(one)).attribute(
-                image,
-                nt_type="smoothgrad",
-                nt_samples=self.samples,
-                nt_samples_batch_size=min(one.batch.forward_size, self.samples),
-                stdevs=self.noise * float(image.max() - image.min()),
-                abs=False,
-            )
-        return gradient
+        image, generator = one.image, torch.Generator().manual_seed(self.seed)
+        deviation = self.noise * (image.max() - image.min())
+        total = torch.zeros_like(image)
+        for part in torch.split(torch.arange(self.samples), one.batch.forward_size):
+            copies = image + deviation * normal_draws(len(part), image, generator)
+            total += Saliency(one).attribute(copies.requires_grad_(), abs=False).sum(0)
+        return total / self.samples

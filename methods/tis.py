@@ -36,7 +36,9 @@ class TransformerInputSampling(Method):
     channels of all blocks' outputs, each channel a vector over patches. x_S is the image of which only the tokens S,
     and the prefix tokens, enter the first block: nothing is painted over, and the passes are shorter by as much. One
     of them a centroid, besides the capture's; there are no more centroids than channels. Only for models whose blocks
-    treat tokens as a set. Scores (B, h, w); a patch that is in no set scores zero.
+    treat tokens as a set. Scores (B, h, w); a patch that is in no set scores zero. For a contrast, the difference of
+    two probabilities takes the place of p_c, for a function of the logits its own value; a patch in no set then has
+    the lowest score, if that is below zero.
     """
 
     masks: int = option(1024, "centroids, and so sets of tokens", minimum=1)
@@ -54,7 +56,6 @@ class TransformerInputSampling(Method):
         """Scores (B, h, w).
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
             UnsupportedModelError: tokens cannot be left out of this model.
         """
         response = TargetResponse.of(capture, self.info.name, "probability", self.batch_size)
@@ -72,4 +73,6 @@ class TransformerInputSampling(Method):
         kept = centroids.topk(max(round(self.kept * len(tokens)), 1), dim=1).indices.sort(1).values
         answers = one.read(dropper.logits(one.image.expand(len(kept), -1, -1, -1), kept)).to(tokens)
         members = torch.zeros_like(centroids).scatter_(1, kept, 1)
-        return (answers[:, None] * members).sum(0) / members.sum(0).clamp(min=1)
+        counts = members.sum(0)
+        means = (answers[:, None] * members).sum(0) / counts.clamp(min=1)
+        return torch.where(counts > 0, means, means.min())

@@ -36,7 +36,8 @@ class ViTCX(Method):
     and scaled again, and ε Gaussian noise, the same for every image. The second term takes away what the noise alone
     does. Masks are made on the patch grid and enlarged bilinearly to be applied. K depends on the image and is at most
     the number of channels; each mask costs two forward passes, besides the capture's. Scores (B, h, w); below zero,
-    where noise outweighs the class, they are cut off.
+    where noise outweighs the class, they are cut off. For a contrast, the difference of two probabilities takes the
+    place of p_c, for a function of the logits its own value, and nothing is cut off.
     """
 
     layer: int = option(-1, "block whose attention input is read, zero-based; negative counts from the last")
@@ -51,19 +52,17 @@ class ViTCX(Method):
         return Needs(states=frozenset({"attention_input"}), from_block=self.layer)
 
     def attribute(self, capture: Capture) -> Tensor:
-        """Scores (B, h, w).
-
-        Raises:
-            TargetError: the target is a contrast or a function of the logits.
-        """
+        """Scores (B, h, w)."""
         response = TargetResponse.of(capture, self.info.name, "probability", self.batch_size)
         block = capture.blocks[self.layer]
         patches = block.state("attention_input")[:, block.layout.prefix :]
         masks = [merged_channels(each, self.distance).view(-1, *block.layout.grid) for each in patches]
-        return torch.stack([self._scores(*each) for each in zip(response.each(), masks, response.clean, strict=True)])
+        scores = [self._scores(*each) for each in zip(response.each(), masks, response.clean, strict=True)]
+        # a probability has a zero; the level of a contrast or a function says nothing
+        return torch.stack(scores) if capture.classes is None else torch.stack(scores).clamp(min=0)
 
     def _scores(self, one: ImageResponse, masks: Tensor, clean: Tensor) -> Tensor:
-        """Scores (h, w) of one image, from its masks (K, h, w) and its probability as it is ()."""
+        """Scores (h, w) of one image, not cut off, from its masks (K, h, w) and what is said of it as it is ()."""
         if not len(masks):  # features that are the same everywhere: the explainer says that the map is constant
             return masks.sum(0)
         image = one.image
@@ -77,4 +76,4 @@ class ViTCX(Method):
         masked, whole = one.answers(2 * len(masks), noisy).view(-1, 2).unbind(1)
         weights = (masked - whole + clean)[:, None, None].to(masks)
         covered = masks.sum(0).clamp(min=torch.finfo(masks.dtype).tiny)
-        return ((weights * masks).sum(0) / covered / len(masks)).clamp(min=0)
+        return (weights * masks).sum(0) / covered / len(masks)

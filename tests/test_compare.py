@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def comparison(scenes: LoadedModel, pictures: list[Image.Image]) -> Comparison:
 def measured(scenes: LoadedModel, pictures: list[Image.Image]) -> Comparison:
     """Small enough for its faithfulness to be measured in no time."""
     return compare(scenes, pictures[:1], ["rollout", "tokentm"], top=2)
+
+
+@pytest.fixture(scope="module")
+def contrast(scenes: LoadedModel, pictures: list[Image.Image]) -> Comparison:
+    return compare(scenes, pictures, ["rollout", "tokentm", "occlusion"], targets=(["mug", 3], ["key", 7]))
 
 
 def shown(model: str) -> Subject:
@@ -145,8 +151,10 @@ class TestTargets:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ((1, 2), "tuple"),
-            (lambda logits: logits[:, 0], "function"),
+            ((1, 2, 3), "tuple"),
+            ((1, None), "tuple"),
+            ((1, [2, 3]), "contrast"),
+            ((12, 1), "12 classes"),
             (torch.tensor([1, 2]), r"\(2,\)"),
             ([[1], [2, 3]], "rows of the same length"),
             ([[1], [2], [3]], "3 images"),
@@ -169,6 +177,76 @@ class TestTargets:
     def test_top_is_checked(self, scenes: LoadedModel, pictures: list[Any], top: int) -> None:
         with pytest.raises((OptionError, TargetError), match=f"top={top}"):
             compare(scenes, pictures, ["rollout"], top=top)
+
+
+class TestContrastsAndFunctions:
+    def test_maps_are_those_of_each_method_alone(
+        self, contrast: Comparison, scenes: LoadedModel, pictures: list[Any]
+    ) -> None:
+        mug, key = map(scenes.class_index, ("mug", "key"))
+        pair = (torch.tensor([[mug, 3]] * 2), torch.tensor([[key, 7]] * 2))
+        for name in ("tokentm", "occlusion"):
+            alone = get_explainer(name, scenes)(pictures, target=pair)
+            torch.testing.assert_close(contrast[name].scores, alone.scores, rtol=1e-4, atol=1e-6)
+
+    def test_sides_have_all_forms_of_classes(self, contrast: Comparison, pictures: list[Any]) -> None:
+        mug, key = map(load_model("scenes").class_index, ("mug", "key"))
+        sides = (torch.tensor([[mug, 3]] * 2), np.array([[key, 7]] * 2))
+        found = compare("scenes", pictures, ["tokentm"], targets=sides)
+        torch.testing.assert_close(found["tokentm"].scores, contrast["tokentm"].scores, rtol=1e-4, atol=1e-6)
+        assert [case.name for case in found.cases] == [case.name for case in contrast.cases]
+        assert found.against["scenes"].tolist() == [[key, 7]] * 2
+
+    def test_cases_have_both_classes(self, contrast: Comparison) -> None:
+        first, second, *_ = contrast.cases
+        assert first.name == "mug against key"
+        assert second.classes == (3, 7)
+        assert not first.predicted
+        probabilities = contrast["tokentm"].logits[0].softmax(0)
+        assert second.probabilities == pytest.approx(probabilities[[3, 7]].tolist(), rel=1e-5)
+
+    def test_faithfulness_is_left_empty_with_the_reason(self, contrast: Comparison) -> None:
+        table = contrast.table(cost=False)
+        assert len(table.rows) == 2 * 2 * 3
+        assert all(np.isnan(row[metric]) for row in table.rows for metric in ("deletion", "insertion", "saco"))
+        assert all(np.isfinite(row["agreement"]) for row in table.rows)
+        text = table.to_markdown()
+        assert "mug against key" in text
+        assert text.splitlines()[-1].endswith("a contrast or a function has none.")
+        assert "has none" not in contrast.table(faithfulness=False, cost=False).to_markdown()
+        assert contrast.faithfulness.curves == {}
+
+    def test_pictures_and_reports_are_made(self, contrast: Comparison, tmp_path: Path) -> None:
+        assert contrast.picture(scale=1).width > 0
+        page = contrast.save(tmp_path / "report.html", cost=False, attention=False).read_text()
+        assert "mug against key" in page
+        assert "a contrast or a function has none" in page
+        assert "<polyline" not in page
+        assert "the predicted class" not in page
+
+    def test_functions_are_explained(self, scenes: LoadedModel, pictures: list[Any], tmp_path: Path) -> None:
+        def score(logits: torch.Tensor) -> torch.Tensor:
+            return logits.logsumexp(1)
+
+        found = compare(scenes, pictures, ["tokentm", "gradcam"], targets=score)
+        assert found["tokentm"].scores.shape == (2, 1, 12, 12)
+        alone = get_explainer("tokentm", scenes)(pictures, target=score)
+        torch.testing.assert_close(found["tokentm"].scores[:, 0], alone.scores, rtol=1e-4, atol=1e-6)
+        assert [case.name for case in found.cases] == ["function"] * 2
+        assert found.cases[0].target is None
+        assert np.isnan(found.cases[0].probability)
+        assert "nan" not in found.table(cost=False).to_markdown()
+        assert found.table(faithfulness=False).rows[0]["seconds"] > 0
+        page = found.save(tmp_path / "report.html", cost=False, attention=False).read_text()
+        assert "nan" not in re.sub(r"data:[^)\"]*", "", page.split("</style>")[1].split("<script")[0])
+        assert found.picture(scale=1).width > 0
+
+    def test_methods_of_one_class_are_left_out_with_the_reason(self, scenes: LoadedModel, pictures: list[Any]) -> None:
+        with pytest.warns(ExplanationWarning, match="pm is left out: pm tells how a patch belongs to one class"):
+            found = compare(scenes, pictures[:1], ["pm", "tokentm"], targets=("mug", "key"))
+        assert list(found.refusals) == [("scenes", "pm")]
+        with pytest.raises(TargetError, match="one class"):
+            compare(scenes, pictures[:1], ["pm"], targets=("mug", "key"))
 
 
 class TestModels:
@@ -276,13 +354,15 @@ class TestTable:
             found = measured.faithfulness.figures[metric, second, "tokentm"]
             assert found == pytest.approx(expected.estimates["tokentm", metric]["auc"].value, abs=1e-6)
 
-    def test_saco_speaks_of_the_predicted_class_alone(
+    def test_saco_follows_the_class_that_is_explained(
         self, measured: Comparison, scenes: LoadedModel, pictures: list[Any]
     ) -> None:
-        expected = evaluate(["tokentm"], pictures[:1], create_metric("saco"), model=scenes, resamples=10)
-        first, second = (measured.faithfulness.figures["saco", case, "tokentm"] for case in measured.cases)
-        assert first == pytest.approx(expected.estimates["tokentm", "saco"]["saco"].value)
-        assert np.isnan(second)
+        first, second = measured.cases
+        published, own = create_metric("saco"), create_metric("saco", of="explained")
+        for case, metric in ((first, published), (first, own), (second, own)):
+            expected = evaluate(["tokentm"], pictures[:1], metric, model=scenes, target=case.target, resamples=10)
+            (value,) = (each["saco"].value for each in expected.estimates.values())
+            assert measured.faithfulness.figures["saco", case, "tokentm"] == pytest.approx(value)
 
     def test_curves_begin_and_end_where_they_must(self, measured: Comparison) -> None:
         for case in measured.cases:
@@ -331,11 +411,22 @@ class TestCommand:
         assert printed.count("| tokentm |") == 2
         assert str(tmp_path / "out.png") in printed
 
+    def test_explains_classes_against_another(
+        self, tmp_path: Path, pictures: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pictures[0].save(tmp_path / "a.png")
+        options = {"targets": "mug, 3", "against": "key", "output": tmp_path / "out.png"}
+        compare_command([str(tmp_path / "a.png")], "tokentm", **options)
+        printed = capsys.readouterr().out
+        assert printed.count("against key") == 2
+        assert "mug against key" in printed
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"output": Path("a.gif")}, "--output"),
             ({"model": ["scenes", "scenes"], "labels": Path("x")}, "one model"),
+            ({"against": "mug"}, "--targets"),
         ],
     )
     def test_refuses(self, options: dict[str, Any], message: str) -> None:

@@ -37,6 +37,7 @@ from vitexplain.diffmask.refinement import _enough_by_rank, refined
 from vitexplain.methods.diffmask import DiffMask
 from vitexplain.methods.diffmask_class import ClassDiffMask
 from vitexplain.models.fingerprint import fingerprint, same_weights
+from vitexplain.targets import ExplainedScore, resolve_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 
@@ -309,7 +310,7 @@ def test_told_a_class_the_map_depends_on_it(family: str, model: nn.Module, image
 def class_map(model: nn.Module, path: Path, images: Tensor, classes: list[int]) -> Tensor:
     with torch.no_grad(), Capture(model, STATE_NEEDS) as capture:
         capture.forward(images)
-        capture.classes = torch.tensor(classes)
+        capture.explained = ExplainedScore(resolve_target(classes, capture.logits), 0)
         return ClassDiffMask(checkpoint=str(path)).attribute(capture)
 
 

@@ -120,9 +120,11 @@ class TestTargets:
         assert found.targets is None
         torch.testing.assert_close(found.scores, explainer(inputs, 3).scores)
 
-    def test_of_its_library(self, vit: nn.Module, inputs: Tensor) -> None:
-        targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets", reason="not required anywhere")
-        found = get_explainer("gradcam", vit)(inputs, targets.ClassifierOutputTarget(3))
+    @pytest.mark.peers
+    def test_of_its_library(self, pytorch_grad_cam: ModuleType, vit: nn.Module, inputs: Tensor) -> None:
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+        found = get_explainer("gradcam", vit)(inputs, ClassifierOutputTarget(3))
         torch.testing.assert_close(found.scores, get_explainer("gradcam", vit)(inputs, 3).scores)
 
 

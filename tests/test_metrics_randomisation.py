@@ -16,7 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vitexplain import Explainer, Method, OptionError, TargetError, adapt, create_method
-from vitexplain.metrics import randomisation_check
+from vitexplain.metrics import randomisation_check, randomisation_checks
 from vitexplain.metrics.randomisation import _copied, _randomise, _stages
 
 SMALL = {"img_size": (32, 48), "num_classes": 7}
@@ -198,6 +198,21 @@ def test_batches_and_seeds() -> None:
     )
     np.testing.assert_allclose(first, again, atol=1e-6)
     assert not np.allclose(first, other)
+
+
+def test_several_methods_at_some_stages_are_checked_together() -> None:
+    model, images = make_model("cls"), make_images("cls", 3)
+    names = ["rollout", "generic_attention"]
+    found = randomisation_checks(names, model, images, stages=["block 1", "stem"], seed=4)
+    for name, check in zip(names, found, strict=True):
+        alone = randomisation_check(name, model, images, seed=4)
+        assert check.method.info.name == name
+        assert [*check.correlations] == ["block 1", "stem"]
+        for stage, values in check.correlations.items():
+            np.testing.assert_allclose(values, alone.correlations[stage], atol=1e-6)
+        torch.testing.assert_close(check.scores, Explainer(create_method(name), model)(images).scores)
+    with pytest.raises(OptionError, match="found the stages block 9, expected some of head, block 2"):
+        randomisation_checks(names, model, images, stages=["head", "block 9"])
 
 
 def test_constant_maps_have_no_correlation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,20 @@ def test_one_group_at_a_time_is_replaced_by_the_mean_of_the_image() -> None:
         pairs = [(i, j) for i in range(8) for j in range(i + 1, 8)]
         total = sum((1 if falls[i] >= falls[j] else -1) * (sums[i] - sums[j]) for i, j in pairs)
         assert float(value) == pytest.approx(total / sum(abs(sums[i] - sums[j]) for i, j in pairs), abs=1e-5)
+
+
+def test_the_explained_class_may_be_followed_instead() -> None:
+    weights = distinct_weights()
+    batch = evidence_batch(torch.stack([weights, -weights]), weights)
+    predicted = batch.predictor.logits(batch.inputs).argmax(1)
+    published, explained = (create_metric("saco", **PATCHES, of=each) for each in ("predicted", "explained"))
+    same, other = replace(batch, targets=predicted), replace(batch, targets=1 - predicted)
+    torch.testing.assert_close(explained.measure(same)["saco"], published.measure(batch)["saco"])
+    # of two classes, what speaks for the one speaks against the other
+    torch.testing.assert_close(explained.measure(other)["saco"], -published.measure(batch)["saco"])
+    torch.testing.assert_close(published.measure(other)["saco"], published.measure(batch)["saco"])
+    with pytest.raises(InputError, match="requires targets"):
+        explained.measure(replace(batch, targets=None))
 
 
 def test_more_groups_than_patches_are_refused() -> None:

@@ -17,7 +17,7 @@ from test_tiers import BUILD, pyramid, randomised
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitexplain import Capture, ExplanationWarning, Needs, TargetError, UnsupportedModelError, get_explainer
+from vitexplain import Capture, ExplanationWarning, Needs, UnsupportedModelError, get_explainer
 from vitexplain.feature_masks import central_channels, merged_channels
 from vitexplain.random_masks import RandomMasks
 
@@ -280,11 +280,25 @@ def test_nothing_is_left_behind_when_interrupted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_other_targets_than_classes_are_refused(name: str) -> None:
-    explainer = get_explainer(name, make_model("cls"))
-    for target in ((1, 2), lambda logits: logits[:, 0]):
-        with pytest.raises(TargetError, match=f"{name} asks the model again about one class"):
-            explainer(make_images("cls"), target)
+def test_of_contrasts_and_functions_probabilities_and_values_are_explained(name: str) -> None:
+    explainer, images = get_explainer(name, make_model("cls"), **FEW[name]), make_images("cls")
+    first, second = (explainer(images, lambda z, c=each: z.softmax(1)[:, c]).scores for each in (3, 1))
+    lowest = 0 if name == "vit_cx" else -math.inf  # which cuts off the maps of classes
+    torch.testing.assert_close(explainer(images, 3).scores, first.clamp(min=lowest), rtol=1e-4, atol=1e-6)
+    contrast = explainer(images, (3, 1)).scores
+    seen = (first > 0) & (second > 0) if name == "tis" else torch.ones_like(first).bool()
+    torch.testing.assert_close(contrast[seen], (first - second)[seen], rtol=1e-4, atol=1e-6)
+    assert contrast.min() < 0 or explainer(images, (1, 3)).scores.min() < 0
+
+
+def test_a_patch_in_no_set_is_not_above_those_that_speak_against_a_contrast() -> None:
+    explainer, images = get_explainer("tis", make_model("cls"), masks=2, kept=0.25), make_images("cls")
+    known = explainer(images, 1).scores > 0
+    assert 0 < known.flatten(1).sum(1).max() < 24
+    scores = explainer(images, lambda logits: -logits.softmax(1)[:, 1]).scores
+    for image, inside in zip(scores, known, strict=True):
+        assert (image[~inside] == image[inside].min()).all()
+        assert image[inside].max() < 0
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from families import make_images, make_model
+from lighter import get_explainer as quick_explainer
 from torch import Tensor
 
-from vitexplain import TargetError, get_explainer
-from vitexplain.targets import resolve_target, select_target
+from vitexplain import Capture, CaptureError, Needs, TargetError, create_method, get_explainer, list_methods
+from vitexplain.targets import ExplainedScore, ResolvedTarget, resolve_target, select_target
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, -2.0], [5.0, 0.5, 1.5, 2.5]])
 
@@ -105,6 +106,64 @@ def test_maps_of_equal_scores_are_equal() -> None:
     contrast = explainer(images, (3, 1)).scores
     torch.testing.assert_close(contrast, explainer(images, lambda logits: logits[:, 3] - logits[:, 1]).scores)
     assert (contrast - explainer(images, 3).scores).abs().max() > 1e-3 * contrast.abs().max()
+
+
+PROBABILITIES = ("rise", "tis", "vit_cx")
+ONE_CLASS = ("pm",)
+
+
+@pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+@pytest.mark.parametrize("name", sorted({*list_methods(class_specific=True, trainable=False)} - {*ONE_CLASS}))
+def test_every_method_explains_every_kind_of_target(name: str) -> None:
+    """Equal scores have equal maps, however they are asked for; also a function that tells its images apart."""
+    explainer, images = quick_explainer(name, make_model("cls")), make_images("cls")
+    classes, others = torch.tensor([3, 1]), torch.tensor([2, 4])
+
+    def read(logits: Tensor) -> Tensor:
+        return logits.softmax(1) if name in PROBABILITIES else logits
+
+    def chosen(logits: Tensor) -> Tensor:
+        return read(logits)[torch.arange(2), classes]
+
+    lowest = 0 if name == "vit_cx" else -torch.inf  # which cuts off the maps of classes
+    found = explainer(images, classes).scores
+    torch.testing.assert_close(explainer(images, chosen).scores.clamp(min=lowest), found, rtol=1e-4, atol=1e-6)
+    contrast = explainer(images, (classes, others)).scores
+    function = explainer(images, lambda z: chosen(z) - read(z)[torch.arange(2), others]).scores
+    torch.testing.assert_close(contrast, function, rtol=1e-4, atol=1e-6)
+    assert (contrast - found).abs().max() > 1e-3 * contrast.abs().max()
+
+
+@pytest.mark.parametrize("name", ONE_CLASS)
+def test_methods_of_one_class_say_so(name: str) -> None:
+    for target in ((1, 2), lambda logits: logits[:, 0]):
+        with pytest.raises(TargetError, match="one class; found a contrast or a function"):
+            get_explainer(name, make_model("cls"))(make_images("cls"), target)
+
+
+def test_methods_that_ask_the_model_again_must_be_told_what() -> None:
+    with Capture(make_model("cls"), Needs()) as capture:
+        capture.forward(make_images("cls"))
+        assert capture.classes is None
+        with pytest.raises(CaptureError, match="occlusion asks the model again about the explained score"):
+            create_method("occlusion").attribute(capture)
+        capture.explained = ExplainedScore(resolve_target([3, 1], capture.logits), 0)
+        assert capture.classes.tolist() == [3, 1]
+
+
+def test_a_function_sees_the_batch_that_it_was_made_for() -> None:
+    seen: list[Tensor] = []
+
+    def function(logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return logits[:, 0] + 10 * torch.arange(3)
+
+    explained = ExplainedScore(ResolvedTarget(None, None, function, True), 0)
+    unchanged, versions = torch.arange(6.0).view(3, 2), torch.tensor([[70.0, 0.0], [80.0, 0.0]])
+    assert explained.of_versions(versions, torch.tensor([2, 0]), unchanged).tolist() == [90.0, 80.0]
+    assert [each[:, 0].tolist() for each in seen] == [[0, 2, 70], [80, 2, 4]]
+    assert explained.of_versions(unchanged + 1, torch.arange(3), unchanged).tolist() == [1.0, 13.0, 25.0]
+    assert len(seen) == 3
 
 
 def test_a_contrast_of_several_pairs_gives_several_maps() -> None:

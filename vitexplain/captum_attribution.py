@@ -23,13 +23,13 @@ class SampledAttribution(PixelAttribution):
 
     @abstractmethod
     def image_pixels(self, one: ImageResponse) -> Tensor:
-        """Attribution (1, channels, H, W) of the pixels of one image to the explained class's logit."""
+        """Attribution (1, channels, H, W) of the pixels of one image to the explained score."""
 
     def pixels(self, capture: Capture) -> Tensor:
         """Attribution (B, channels, H, W), image by image.
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
+            TargetError: the target is a function of the logits without a gradient.
         """
         response = TargetResponse.of(capture, self.info.name, batch_size=self.batch_size)
         return torch.cat([self.image_pixels(each).detach() for each in response.each()])
@@ -45,7 +45,7 @@ class AblationAttribution(Method):
         "the blurred image, or noise",
         choices=BASELINES,
     )
-    output: str = option("logit", "what is explained of the class", choices=OUTPUTS)
+    output: str = option("logit", "what is explained of a class; of two, their difference", choices=OUTPUTS)
     batch_size: int = option(64, "images in one forward pass; on the CPU never more than 8", minimum=1)
 
     @abstractmethod
@@ -53,11 +53,7 @@ class AblationAttribution(Method):
         """Scores (1, h, w) of one image, whose patches form a grid (h, w)."""
 
     def attribute(self, capture: Capture) -> Tensor:
-        """Scores (B, h, w), float32 or wider.
-
-        Raises:
-            TargetError: the target is a contrast or a function of the logits.
-        """
+        """Scores (B, h, w), float32 or wider."""
         response = TargetResponse.of(capture, self.info.name, self.output, self.batch_size)
         scores = torch.cat([self.image_scores(each, capture.grid) for each in response.each()])
         return scores.detach().to(response.images)

@@ -26,7 +26,8 @@ class Explanation:
 
     Attributes:
         scores: raw relevance of each patch, float32 or wider: (B, h, w) for one target an image, (B, K, h, w)
-            for K. Not normalised; higher is more relevant; negative only if `signed`.
+            for K. Not normalised; higher is more relevant; negative only if `signed`, or where
+            a contrast or a function is explained.
         targets: classes explained, (B,) or (B, K) int64; None where the target was a function of the logits.
         logits: the model's output (B, C).
         method: registry name.

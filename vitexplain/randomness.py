@@ -7,6 +7,22 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+def normal_draws(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers for some copies of an image, the same whatever number of copies is asked for at a time.
+
+    Args:
+        count: n.
+        like: (1, channels, H, W), with the device and the precision that are wanted.
+        generator: of the CPU; n draws further afterwards.
+
+    Returns:
+        (n, channels, H, W).
+    """
+    # one call a copy: a generator may give other numbers where more are asked of it together
+    return torch.stack([torch.randn(like.shape[1:], generator=generator) for _ in range(count)]).to(like)
 
 
 @contextmanager

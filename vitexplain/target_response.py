@@ -1,4 +1,4 @@
-"""What the model says of the explained class when it is shown changed copies of the captured images."""
+"""What the explained score becomes when the model is shown changed copies of the captured images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .attention import widen
 from .capture import Capture
-from .errors import TargetError
+from .errors import CaptureError, TargetError
+from .targets import ExplainedScore
 
 if TYPE_CHECKING:
     from .metrics.predictor import Predictor
 
 OUTPUTS = ("logit", "probability")
-"""What can be read of the model's output."""
+"""What can be read of a class. A contrast is a difference of two of these; a function is one of the logits."""
 
 BASELINES = ("zeros", "image_mean", "blur", "noise")
 """What can stand in the place of pixels that are taken away; see `metrics.replacement.replacement_images`."""
@@ -25,26 +26,26 @@ BASELINES = ("zeros", "image_mean", "blur", "noise")
 
 @dataclass(frozen=True, eq=False)
 class TargetResponse:
-    """A model that is asked again about the images of a capture, each about its own explained class.
+    """A model that is asked again about the images of a capture, each about its own explained score.
 
     Called inside the capture, which keeps the model borrowed. Nothing runs in `torch.inference_mode`: a model may keep
     tensors for later calls, and such tensors could take part in no graph of its owner's.
 
     Attributes:
         capture: after its forward pass.
-        classes: (B,) explained.
-        output: what is read, one of `OUTPUTS`.
+        explained: the score.
+        output: what is read of a class, one of `OUTPUTS`.
         batch_size: images in one forward, where the device gains by it; see `forward_size`.
     """
 
     capture: Capture
-    classes: Tensor
+    explained: ExplainedScore
     output: str = "logit"
     batch_size: int = 64
 
     @classmethod
     def of(cls, capture: Capture, method: str, output: str = "logit", batch_size: int = 64) -> TargetResponse:
-        """Reads the explained classes from a capture.
+        """Takes the explained score from a capture.
 
         Args:
             capture: after its forward pass.
@@ -53,14 +54,14 @@ class TargetResponse:
             batch_size: images in one forward.
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
+            CaptureError: nobody said what is explained.
         """
-        if capture.classes is None:
-            raise TargetError(
-                f"{method} asks the model again about one class; found a contrast or a function of the logits, "
-                "expected a class an image. Methods that take any target: generic_attention, tokentm, gradcam"
+        if capture.explained is None:
+            raise CaptureError(
+                f"{method} asks the model again about the explained score, and was not told which it is: call it "
+                "through an Explainer, or set Capture.explained"
             )
-        return cls(capture, capture.classes, output, batch_size)
+        return cls(capture, capture.explained, output, batch_size)
 
     @property
     def images(self) -> Tensor:
@@ -81,11 +82,11 @@ class TargetResponse:
     @property
     def clean(self) -> Tensor:
         """What the model said (B,) of the images as they are."""
-        return self.read(self.capture.logits, torch.arange(len(self.classes)))
+        return self.read(self.capture.logits, torch.arange(len(self.capture.images)))
 
     def each(self) -> Iterator[ImageResponse]:
         """The images one by one."""
-        return (ImageResponse(self, row) for row in range(len(self.classes)))
+        return (ImageResponse(self, row) for row in range(len(self.capture.images)))
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         """Asks about changed images in one forward.
@@ -96,14 +97,23 @@ class TargetResponse:
 
         Returns:
             (n,) float32 or wider, differentiable by the images.
+
+        Raises:
+            TargetError: the images ask for a gradient, and the target is a function that has none.
         """
-        return self.read(self.capture.adapter.logits(images.to(self.capture.images.dtype)), rows)
+        score = self.read(self.capture.adapter.logits(images.to(self.capture.images.dtype)), rows)
+        if torch.is_grad_enabled() and images.requires_grad and not score.requires_grad:
+            raise TargetError(
+                "the explained score carries no gradient: make it of the logits with differentiable operations, or "
+                "take a method that needs no gradient, such as occlusion or rise"
+            )
+        return score
 
     def read(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """The explained class's part (n,) of logits (n, C), of the images `rows` (n,)."""
-        values = widen(logits) if self.output == "logit" else widen(logits).softmax(1)
-        classes = self.classes.to(values.device)[rows.to(values.device)]
-        return values.gather(1, classes[:, None])[:, 0]
+        """The explained score (n,) by logits (n, C) of versions of the images `rows` (n,)."""
+        probability = self.output == "probability"
+        unchanged = widen(self.capture.logits)
+        return self.explained.of_versions(widen(logits), rows, unchanged, probability=probability)
 
     @property
     def _predictor(self) -> Predictor:
@@ -138,7 +148,7 @@ class ImageResponse:
         return self.batch(images, torch.full((len(images),), self.row))
 
     def read(self, logits: Tensor) -> Tensor:
-        """The explained class's part (n,) of logits (n, C)."""
+        """The explained score (n,) by logits (n, C) of versions of the image."""
         return self.batch.read(logits, torch.full((len(logits),), self.row))
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -61,6 +61,13 @@ class ResolvedTarget:
         """(B,) classes of target number `index`; None where it is a contrast or a function."""
         return None if self.classes is None or self.against is not None else self.classes[:, index]
 
+    def of_images(self, rows: Tensor) -> ResolvedTarget:
+        """The targets of some images (n,) int64, which may be named more than once."""
+        classes, against = (
+            None if each is None else each[rows.to(each.device)] for each in (self.classes, self.against)
+        )
+        return replace(self, classes=classes, against=against)
+
     def explained_classes(self) -> Tensor | None:
         """(B,) or (B, K) classes, as the target was given."""
         if self.classes is None:
@@ -72,6 +79,49 @@ class ResolvedTarget:
         if classes is None:
             raise TargetError(f"there are no classes to take; expected {FORMS}")
         return classes[:, index, None]
+
+
+@dataclass(frozen=True, eq=False)
+class ExplainedScore:
+    """The score that one map explains: one of the K targets of each image.
+
+    Attributes:
+        target: of the batch.
+        index: which of the K.
+    """
+
+    target: ResolvedTarget
+    index: int
+
+    @property
+    def classes(self) -> Tensor | None:
+        """(B,) classes; None where a contrast or a function is explained."""
+        return self.target.plain_classes(self.index)
+
+    def of_versions(self, logits: Tensor, rows: Tensor, unchanged: Tensor, *, probability: bool = False) -> Tensor:
+        """The score of changed versions of the images.
+
+        A function of the logits may treat the images of its batch differently. So it is shown the batch it was meant
+        for, in which the logits of one image are those of the version.
+
+        Args:
+            logits: (n, C), of n versions.
+            rows: (n,) int64, which image of the batch each is a version of.
+            unchanged: (B, C), of the batch as it is.
+            probability: take the softmax of a class for its logit; a contrast is then the difference of two
+                probabilities. A function is one of the logits in any case.
+
+        Returns:
+            (n,), differentiable by the logits where the target is.
+        """
+        target, rows = self.target, rows.to(logits.device)
+        if target.function is None:
+            return target.of_images(rows).score(logits.softmax(1) if probability else logits, self.index)
+        if torch.equal(rows, torch.arange(len(unchanged), device=rows.device)):
+            return target.function(logits)
+        unchanged = unchanged.to(logits)
+        batches = (unchanged.index_copy(0, row[None], each[None]) for row, each in zip(rows, logits, strict=True))
+        return torch.stack([target.function(batch)[row] for row, batch in zip(rows, batches, strict=True)])
 
 
 def resolve_target(target: Target, logits: Tensor) -> ResolvedTarget:

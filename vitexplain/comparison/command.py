@@ -31,6 +31,10 @@ def compare_command(
         str | None,
         typer.Option(metavar="X,Y", help="Classes, by index or name.  \\[default: the most probable ones]"),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="X", help="A class that each of --targets is explained against, by index or name."),
+    ] = None,
     top: Annotated[int, typer.Option(metavar="N", help="How many of the most probable classes.")] = 1,
     model: Annotated[
         list[str] | None,
@@ -63,6 +67,8 @@ def compare_command(
     if output.suffix not in _SUFFIXES:
         raise OptionError(f"--output: found {str(output)!r}, expected a file ending in {', '.join(_SUFFIXES)}")
     names = model or ["scenes"]
+    if against is not None and targets is None:
+        raise OptionError("found --against without --targets, expected the classes that are explained against it")
     if len(names) > 1 and (checkpoint or labels):
         raise OptionError(f"found --checkpoint or --labels with {len(names)} models, expected one model")
     from ..cli_values import configure_methods
@@ -74,6 +80,8 @@ def compare_command(
     files = find_images(images)
     models = [load_model(name, checkpoint=checkpoint, labels=labels, device=device) for name in names]
     classes: Any = None if targets is None else _listed(targets)
+    if against is not None:
+        classes = (classes, [against] * len(classes))
     comparison = compare(models, files, chosen, classes, top=top, batch_size=batch_size)
     style: dict[str, Any] = {"faithfulness": faithfulness} if output.suffix == ".html" else {"view": view}
     comparison.save(output, share_scale=share_scale, **style)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -28,25 +30,45 @@ _PDF_QUALITY = 95
 
 @dataclass(frozen=True)
 class Case:
-    """One class of one image, explained by one model; every method has a map of it.
+    """One target of one image, explained by one model; every method has a map of it.
 
     Attributes:
         model: label of the model.
         image: position of the image.
-        index: position of the class among those explained for this image.
-        target: the class, as the model numbers it.
-        name: its name.
-        probability: what the model gives it, in [0, 1].
-        predicted: it is the model's most probable class.
+        index: position of the target among those explained for this image.
+        classes: as the model numbers them: one, two of a contrast, none of a function of the logits.
+        names: of the classes; ``"function"`` without.
+        probabilities: what the model gives the classes, in [0, 1].
+        predicted: it is the model's most probable class, and no contrast.
     """
 
     model: str
     image: int
     index: int
-    target: int
-    name: str
-    probability: float
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
     predicted: bool
+
+    @property
+    def is_class(self) -> bool:
+        """One class is explained, so that there is a probability to follow."""
+        return len(self.classes) == 1
+
+    @property
+    def target(self) -> int | None:
+        """The class, the first one of a contrast; None for a function."""
+        return self.classes[0] if self.classes else None
+
+    @property
+    def probability(self) -> float:
+        """What the model gives `target`; NaN for a function."""
+        return self.probabilities[0] if self.probabilities else math.nan
+
+    @property
+    def name(self) -> str:
+        """The class by its name, a contrast by both."""
+        return " against ".join(self.names)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,10 +86,13 @@ class Comparison:
     Attributes:
         subjects: the models by label.
         methods: the configured methods by label.
-        explanations: by the labels of model and method; each with K targets an image, so its scores are (B, K, h, w).
+        explanations: by the labels of model and method; each with K targets an image, so its scores are (B, K, h, w),
+            also where K is 1.
         refusals: why a method has no maps on a model, by the same labels.
         images: names of the images.
         model_names: what was asked for as a model, by label: a name of `load_model`, or the module's class.
+        against: for contrasts, the classes (B, K) that those of the explanations are held against, by the models'
+            labels.
     """
 
     subjects: Mapping[str, Subject]
@@ -76,6 +101,7 @@ class Comparison:
     refusals: Mapping[tuple[str, str], str]
     images: Sequence[str]
     model_names: Mapping[str, str]
+    against: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         refused = f", refused: {', '.join(method for _, method in self.refusals)}" if self.refusals else ""
@@ -105,16 +131,21 @@ class Comparison:
 
     @cached_property
     def cases(self) -> tuple[Case, ...]:
-        """What was explained: image by image, class by class, model by model."""
-        cases = []
-        for model in self.subjects:
-            found = self.any_explanation(model)
-            targets, predicted = _targets(found), found.logits.argmax(1).tolist()
-            rows = zip(targets.tolist(), found.target_names(), found.probabilities.tolist(), strict=True)
-            for image, row in enumerate(rows):
-                for index, (target, name, probability) in enumerate(zip(*row, strict=True)):
-                    cases.append(Case(model, image, index, target, name, probability, target == predicted[image]))
+        """What was explained: image by image, target by target, model by model."""
+        cases = [case for model in self.subjects for case in self._cases(model)]
         return tuple(sorted(cases, key=lambda case: (case.image, case.index)))
+
+    def _cases(self, model: str) -> Iterator[Case]:
+        found = self.any_explanation(model)
+        sides = [replace(found, targets=each) for each in (found.targets, self.against.get(model)) if each is not None]
+        names = [each.target_names() for each in sides]
+        probabilities = [each.probabilities for each in sides]
+        predicted = found.logits.argmax(1).tolist()
+        for image, index in product(range(len(found)), range(found.scores.shape[1])):
+            classes = tuple(int(cast("Tensor", each.targets)[image, index]) for each in sides)
+            named = tuple(each[image][index] for each in names) or ("function",)
+            shares = tuple(float(each[image, index]) for each in probabilities)
+            yield Case(model, image, index, classes, named, shares, classes == (predicted[image],))
 
     def any_explanation(self, model: str) -> Explanation:
         """Some explanation of a model, for what all of them share: inputs, logits, targets."""
@@ -155,7 +186,9 @@ class Comparison:
 
         costs = {}
         for (model, method), found in self.explanations.items():
-            inputs, targets = self.inputs(model)[:MOST_IMAGES], _targets(found)[:MOST_IMAGES, 0]
+            # a contrast or a function costs what a class does
+            targets = found.logits.argmax(1) if found.targets is None else found.targets[:, 0]
+            inputs, targets = self.inputs(model)[:MOST_IMAGES], targets[:MOST_IMAGES]
             costs[model, method] = measure_cost(self.methods[method], self.subjects[model], inputs, targets)
         return costs
 
@@ -215,12 +248,6 @@ class Comparison:
         from ..showing import image_html
 
         return image_html(self.picture(), repr(self))
-
-
-def _targets(explanation: Explanation) -> Tensor:
-    if explanation.targets is None:
-        raise InputError("found an explanation of a function of the logits, expected classes")
-    return explanation.targets
 
 
 def _inputs(explanation: Explanation) -> Tensor:

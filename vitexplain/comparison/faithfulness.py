@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from .comparison import Case, Comparison
 
 METRICS = ("deletion", "insertion", "saco")
-"""Measured for each map, with the metrics' own options."""
+"""Measured for each map, with the metrics' own options; but SaCo follows the class that the map explains."""
 
-_PREDICTED_ONLY = ("saco",)  # they follow the predicted class, so a map of another class is not what they measure
+_OPTIONS = {"saco": {"of": "explained"}}
 _FORWARD_SIZE = 64
 
 
@@ -33,8 +34,8 @@ class Faithfulness:
 
     Attributes:
         metrics: the metrics by name.
-        figures: each metric's first figure, by its name, the case and the method's label; NaN where it says nothing
-            about the map: SaCo follows the predicted class, so it measures no map of another one.
+        figures: each metric's first figure, by its name, the case and the method's label; NaN where there is none: for
+            contrasts and functions of the logits, since all three follow the probability of one class.
         curves: probability (S,) of the explained class while pixels change, for the metrics that are curves, by the
             same; over `fractions` of the metric.
     """
@@ -50,22 +51,24 @@ def measure_faithfulness(comparison: Comparison) -> Faithfulness:
     Raises:
         InputError: there are too few patches for a metric's steps.
     """
-    metrics = {name: create_metric(name) for name in METRICS}
+    metrics = {name: create_metric(name, **_OPTIONS.get(name, {})) for name in METRICS}
     figures: dict[tuple[str, Case, str], float] = {}
     curves: dict[tuple[str, Case, str], npt.NDArray[np.float64]] = {}
     cases = {(case.model, case.image, case.index): case for case in comparison.cases}
     for (model, method), explanation in comparison.explanations.items():
         for index in range(explanation.scores.shape[1]):
+            told = [cases[model, image, index] for image in range(len(explanation))]
+            if not told[0].is_class:
+                figures |= {(name, case, method): math.nan for name in metrics for case in told}
+                continue
             batch = _batch(comparison, model, explanation, index)
             for name, metric in metrics.items():
                 statistics = {
                     key: torch.from_numpy(rows) for key, rows in own_statistics(measure(metric, batch)).items()
                 }
                 first = next(iter(metric.summarise(statistics).values()))
-                for image, value in enumerate(first.tolist()):
-                    case = cases[model, image, index]
-                    told = case.predicted or name not in _PREDICTED_ONLY
-                    figures[name, case, method] = value if told else float("nan")
+                for image, (case, value) in enumerate(zip(told, first.tolist(), strict=True)):
+                    figures[name, case, method] = value
                     if isinstance(metric, CurveMetric):
                         curves[name, case, method] = statistics[metric.curves[0]][image].numpy()
     return Faithfulness(metrics, figures, curves)

@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..lettering import DARK, LIGHT
 from ..panels import Cell, colour_bar, panel
 from ..render import Pixels
+from .table import percentages
 from .views import COLOURED, TOP_SHARE, draw_view, range_of
 
 if TYPE_CHECKING:
@@ -132,9 +133,10 @@ def heading(comparison: Comparison, label: str) -> str:
 
 
 def row_title(comparison: Comparison, case: Case) -> str:
-    """What stands beside a case: the model where there are several, the class, its probability."""
+    """What stands beside a case: the model where there are several, what is explained, how probable it is."""
     model = [case.model] if len(comparison.subjects) > 1 else []
-    return "\n".join([*model, case.name.split(",")[0], f"{case.probability:.0%}"])
+    name = " against ".join(each.split(",")[0] for each in case.names)
+    return "\n".join([*model, name, *filter(None, [percentages(case)])])
 
 
 def remark(comparison: Comparison, case: Case, label: str) -> str:

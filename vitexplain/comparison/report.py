@@ -20,7 +20,7 @@ from ..showing import png_address
 from .charts import HEIGHT, MARGIN, WIDTH
 from .picture import heading, shared_ranges
 from .scene import Scenes
-from .table import make_table
+from .table import NO_PROBABILITY, make_table
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -68,6 +68,7 @@ def render_report(
         several_models=len(comparison.subjects) > 1,
         scenes=described,
         data={"maps": scenes.maps, "attention": scenes.attention, "colours": _colours()},
+        no_probability=f"A dash: {NO_PROBABILITY}",
         attention_left_out=scenes.attention_left_out,
         metrics=[(metric_info(name).figures[0].title, higher) for name, higher in table.better.items()],
         refusals=[(*key, reason) for key, reason in comparison.refusals.items()],

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ..method import Method
 from ..models.adapter import ModelAdapter
 from ..models.graphs import refuse_graphs
 from ..registry import create_method
+from ..targets import ScoreFunction, Target
 from .comparison import Comparison
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
     Model: TypeAlias = "nn.Module | ModelAdapter | Subject | LoadedModel | str"
     Class: TypeAlias = "int | str"
-    Classes: TypeAlias = "Class | Sequence[Class] | Sequence[Sequence[Class]] | Tensor | np.ndarray | None"
+    Classes: TypeAlias = "Class | Sequence[Class] | Sequence[Sequence[Class]] | Tensor | np.ndarray"
+    Targets: TypeAlias = "Classes | tuple[Classes, Classes] | ScoreFunction | None"
 
-METHODS = ("rollout", "gradcam", "generic_attention", "tokentm")
+METHODS = ("contributions", "rollout", "gradcam", "tokentm")
 """What is compared where no methods are named."""
 
 
@@ -38,7 +40,7 @@ def compare(
     model: Model | Sequence[Model] | Mapping[str, Model],
     images: Images,
     methods: Sequence[str | Method] | Mapping[str, str | Method] = METHODS,
-    targets: Classes = None,
+    targets: Targets = None,
     *,
     top: int = 1,
     batch_size: int | None = None,
@@ -54,17 +56,19 @@ def compare(
             (B, 3, H, W).
         methods: names, or configured methods; by own labels in a mapping.
         targets: the classes explained, by index or name: one for all images, a list for all images, or B×K of them
-            (nested lists or a tensor), K an image. None for the most probable classes of each image and model.
+            (nested lists or a tensor), K an image. None for the most probable classes of each image and model. A
+            contrast is a tuple ``(a, b)`` of two such, a against b; or a function of the logits (B, C) to scores (B,).
+            Contrasts and functions have no probability that deletion, insertion and SaCo could follow.
         top: how many of the most probable classes are explained, where `targets` is None.
         batch_size: images at a time; all at once by default. Halved where memory does not suffice.
 
     Raises:
         UnknownNameError: no such model, method or class.
-        TargetError: the classes do not fit the images or the model; a contrast or a function of the logits, which
-            `explain_with` takes.
+        TargetError: the classes do not fit the images or the model.
         OptionError: no model, no methods, two of one label, or `top` below 1.
         InputError: an image cannot be read, or does not fit the model.
-        UnsupportedModelError: no method works on a model; where only some do not, the comparison says why.
+        UnsupportedModelError: no method works on a model; where only some do not, or do not explain contrasts or
+            functions, the comparison says why.
     """
     subjects, model_names = _models(model)
     chosen = _methods(methods)
@@ -72,15 +76,18 @@ def compare(
         raise OptionError(f"found top={top}, expected a whole number >= 1")
     explanations: dict[tuple[str, str], Explanation] = {}
     refusals: dict[tuple[str, str], str] = {}
+    against: dict[str, Tensor] = {}
     names: list[str] = []
     for label, subject in subjects.items():
         inputs = subject.prepare(images)
         names = _image_names(images, len(inputs))
-        target = _targets(targets, subject, inputs, top)
+        target = _target(targets, subject, inputs, top)
         found, refused = _explain(chosen, subject, inputs, target, batch_size)
         explanations |= {(label, method): each for method, each in found.items()}
         refusals |= {(label, method): reason for method, reason in refused.items()}
-    return Comparison(subjects, chosen, explanations, refusals, names, model_names)
+        if isinstance(target, tuple):
+            against[label] = cast("Tensor", target[1]).to(next(iter(found.values())).logits.device)
+    return Comparison(subjects, chosen, explanations, refusals, names, model_names, against)
 
 
 def _models(given: Model | Sequence[Model] | Mapping[str, Model]) -> tuple[dict[str, Subject], dict[str, str]]:
@@ -126,8 +133,9 @@ def _methods(given: Sequence[str | Method] | Mapping[str, str | Method]) -> dict
     return dict(zip(labels, chosen, strict=True))
 
 
-def _targets(given: Classes, subject: Subject, inputs: Tensor, top: int) -> Tensor | None:
-    """Classes (B, K) of one model; None for the predicted one.
+def _target(given: Targets, subject: Subject, inputs: Tensor, top: int) -> Target:
+    """What one model explains, as `explain_with` takes it: None for the predicted class, classes (B, K), two sides of a
+    contrast (B, K), or a function.
 
     Raises:
         TargetError: of no accepted form, or of another number of images.
@@ -136,9 +144,17 @@ def _targets(given: Classes, subject: Subject, inputs: Tensor, top: int) -> Tens
     if given is None:
         return None if top == 1 else _most_probable(subject, inputs, top)
     if callable(given) and not isinstance(given, Tensor):
-        raise TargetError("found a function of the logits as the target, expected classes; explain_with takes it")
+        return given
     if isinstance(given, tuple):
-        raise TargetError(f"found the tuple {given!r}, expected a list of classes; explain_with takes contrasts (a, b)")
+        if len(given) != 2 or any(side is None or isinstance(side, tuple) or callable(side) for side in given):
+            raise TargetError(f"found the tuple {given!r}, expected a list of classes, or a contrast: a pair (a, b)")
+        ours, theirs = (_classes(side, subject, inputs) for side in given)
+        return ours, theirs
+    return _classes(given, subject, inputs)
+
+
+def _classes(given: Any, subject: Subject, inputs: Tensor) -> Tensor:
+    """Classes (B, K) of one model; errors as for `_target`."""
     if isinstance(given, Tensor | np.ndarray):
         if given.ndim == 1:
             raise TargetError(
@@ -183,7 +199,7 @@ def _most_probable(subject: Subject, inputs: Tensor, top: int) -> Tensor:
 
 
 def _explain(
-    methods: Mapping[str, Method], subject: Subject, inputs: Tensor, target: Tensor | None, batch_size: int | None
+    methods: Mapping[str, Method], subject: Subject, inputs: Tensor, target: Target, batch_size: int | None
 ) -> tuple[dict[str, Explanation], dict[str, str]]:
     """Explanations, and reasons why there are none, by label of the method.
 
@@ -193,33 +209,36 @@ def _explain(
     try:
         found = explain_with(list(methods.values()), subject, inputs, target, batch_size=batch_size)
         return {label: _with_targets(each) for label, each in zip(methods, found, strict=True)}, {}
-    except UnsupportedModelError:
-        if len(methods) == 1:
+    except (UnsupportedModelError, TargetError) as error:
+        of_classes = target is None or isinstance(target, Tensor)
+        if len(methods) == 1 or (of_classes and isinstance(error, TargetError)):
             raise
-    explanations, refusals = {}, {}
+    explanations: dict[str, Explanation] = {}
+    refusals: dict[str, TargetError | UnsupportedModelError] = {}
     for label, method in methods.items():
         try:
             (alone,) = explain_with([method], subject, inputs, target, batch_size=batch_size)
             explanations[label] = _with_targets(alone)
-        except UnsupportedModelError as error:
-            refusals[label] = str(error)
+        except (UnsupportedModelError, TargetError) as error:
+            refusals[label] = error
     if not explanations:
-        raise UnsupportedModelError(
-            f"none of {', '.join(methods)} works on this model: {next(iter(refusals.values()))}"
-        )
+        first = next(iter(refusals.values()))
+        if isinstance(first, TargetError):
+            raise first
+        raise UnsupportedModelError(f"none of {', '.join(methods)} works on this model: {first}")
     for label, reason in refusals.items():
         warnings.warn(f"{label} is left out: {reason}", ExplanationWarning, stacklevel=4)
-    return explanations, refusals
+    return explanations, {label: str(reason) for label, reason in refusals.items()}
 
 
 def _with_targets(explanation: Explanation) -> Explanation:
     """The same with an axis of targets, also where there is one an image."""
-    if explanation.scores.ndim == 4 or explanation.targets is None:
+    if explanation.scores.ndim == 4:
         return explanation
     return replace(
         explanation,
         scores=explanation.scores[:, None],
-        targets=explanation.targets[:, None],
+        targets=None if explanation.targets is None else explanation.targets[:, None],
         diagnostics={name: value[:, None] for name, value in explanation.diagnostics.items()},
     )
 

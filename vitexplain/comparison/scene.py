@@ -93,10 +93,11 @@ class Scenes:
         shown = ("agreement", *self.table.better)
         return {
             "name": case.name,
-            "probability": case.probability,
+            "probabilities": case.probabilities,
+            "is_class": case.is_class,
             "predicted": case.predicted,
             "maps": [self._map(case, label, size) for label in labels],
-            "charts": make_charts(self.comparison, case) if self.table.better else [],
+            "charts": make_charts(self.comparison, case) if self.table.better and case.is_class else [],
             "figures": [(number, [show_figure(row[each]) for each in shown]) for number, row in lines if row],
             "agreement": self._agreement(case),
         }

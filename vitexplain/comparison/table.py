@@ -19,6 +19,9 @@ _DASH = "–"
 _ARROWS: Mapping[bool | None, str] = {True: " ↑", False: " ↓", None: ""}
 
 
+NO_PROBABILITY = "deletion, insertion and SaCo follow the probability of one class; a contrast or a function has none."
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ComparisonTable:
     """What is known of each map besides itself.
@@ -27,7 +30,8 @@ class ComparisonTable:
         maps: by case and label of the method: a row with ``model``, ``image``, ``target``, ``name``, ``probability``,
             ``method``; ``agreement``, the mean rank correlation with the other methods; ``passes``; and, where they
             were asked for, ``deletion``, ``insertion``, ``saco``, and ``seconds`` an image and ``forwards``, the time
-            in plain forward passes. NaN where there is no figure.
+            in plain forward passes. NaN where there is no figure. For a contrast, ``target`` and ``probability`` are
+            those of its first class.
         agreements: one a case and pair of methods.
         better: for each metric among the columns, whether higher is better.
     """
@@ -42,18 +46,21 @@ class ComparisonTable:
         return list(self.maps.values())
 
     def to_markdown(self) -> str:
-        """One row a map; ↑ where more is better and ↓ where less."""
+        """One row a map; ↑ where more is better and ↓ where less. A line below says why figures are missing."""
         timed = "seconds" in self.rows[0]
         heads = ["image", "class", "model", "method", "agreement"]
         heads += [name + _ARROWS[better] for name, better in self.better.items()]
         heads += ["passes", *(["time", "in forwards"] if timed else [])]
         lines = [heads, ["---"] * len(heads)]
-        for row in self.rows:
-            line = [row["image"], f"{row['name']} {row['probability']:.0%}", row["model"], row["method"]]
+        for (case, _), row in self.maps.items():
+            line = [row["image"], _class_text(case), row["model"], row["method"]]
             line += [show_figure(row[name]) for name in ("agreement", *self.better)]
             line += [row["passes"], *([show_seconds(row["seconds"]), f"{row['forwards']:.2f}"] if timed else [])]
             lines.append(line)
-        return "\n".join(f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |" for line in lines)
+        text = [f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |" for line in lines]
+        unmeasured = self.better and not all(case.is_class for case, _ in self.maps)
+        note = ["", f"{_DASH}: {NO_PROBABILITY}"] if unmeasured else []
+        return "\n".join([*text, *note])
 
     _repr_markdown_ = to_markdown
 
@@ -88,6 +95,15 @@ def make_table(comparison: Comparison, *, faithfulness: bool, cost: bool) -> Com
             maps[case, label] = row
     better = {name: metrics[name].info.figures[0].higher_is_better for name in METRICS if name in metrics}
     return ComparisonTable(maps, pairs, better)
+
+
+def percentages(case: Case) -> str:
+    """The probability of a class, the two of a contrast; nothing for a function."""
+    return " against ".join(f"{each:.0%}" for each in case.probabilities)
+
+
+def _class_text(case: Case) -> str:
+    return f"{case.name} {percentages(case)}".strip()
 
 
 def show_figure(value: float) -> str:

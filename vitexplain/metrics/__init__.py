@@ -5,7 +5,7 @@ from .catalogue import Figure, MetricInfo, create_metric, list_metrics, metric_i
 from .evaluation import Evaluation, evaluate
 from .metric import Metric, MetricBatch
 from .predictor import Predictor
-from .randomisation import RandomisationCheck, randomisation_check
+from .randomisation import RandomisationCheck, randomisation_check, randomisation_checks
 from .ranking import Comparison, PairedDifference, compare_rows, holm
 from .statistics import Estimate, estimates
 from .tally import Summary, Tally
@@ -32,5 +32,6 @@ __all__ = [
     "metric_batches",
     "metric_info",
     "randomisation_check",
+    "randomisation_checks",
     "register_metric",
 ]

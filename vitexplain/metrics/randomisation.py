@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,11 +43,13 @@ class RandomisationCheck:
         order: ``"cascading"`` or ``"independent"``.
         correlations: by stage, from the head down: (n,) rank correlation in [-1, 1] of the two maps of each image, NaN
             where one of them is constant or not finite.
+        scores: (n, h, w) of the trained model, raw.
     """
 
     method: Method
     order: Order
     correlations: Mapping[str, npt.NDArray[np.float64]]
+    scores: Tensor
 
     def estimates(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
         """The mean correlation of each stage with its interval over images; arguments as for `statistics.estimates`."""
@@ -95,24 +97,73 @@ def randomisation_check(
         TargetError: a contrast, a function, or several classes an image.
         UnsupportedModelError: the model, or the method on this model, is not supported.
     """
+    return randomisation_checks([method], model, images, targets, order=order, batch_size=batch_size, seed=seed)[0]
+
+
+def randomisation_checks(
+    methods: Sequence[Method | str],
+    model: nn.Module | ModelAdapter | Subject | LoadedModel | str,
+    images: Images,
+    targets: Target = None,
+    *,
+    order: Order = "cascading",
+    stages: Collection[str] | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> list[RandomisationCheck]:
+    """The same for several methods, which share the captures of each stage.
+
+    Args:
+        methods: configured methods, or names.
+        model: as for `randomisation_check`, like all that is not named here.
+        images: normalised input (n, 3, H, W), or pictures where the preprocessing is known.
+        targets: None for the predicted class, a class, or n classes.
+        order: ``"cascading"`` or ``"independent"``.
+        stages: those that maps are made at; None for all. Weights become random stage by stage in any case.
+        batch_size: images at a time; all at once by default.
+        seed: number that other weights belong to.
+
+    Returns:
+        One check a method, in their order.
+
+    Raises:
+        OptionError: another order, or a stage that the model does not have.
+        TargetError: a contrast, a function, or several classes an image.
+        UnsupportedModelError: the model, or a method on this model, is not supported.
+    """
     if order not in get_args(Order):
         raise OptionError(f"found order={order!r}, expected {' or '.join(map(repr, get_args(Order)))}")
-    method = create_method(method) if isinstance(method, str) else method
+    configured = [create_method(each) if isinstance(each, str) else each for each in methods]
     subject = subject_of(model)
     inputs = subject.prepare(images)
-    (trained,) = explain_quietly([method], subject, inputs, one_class(targets, len(inputs)), batch_size)
     copy = Subject(_copied(subject.adapter, (inputs.shape[-2], inputs.shape[-1])))
-    correlations, generator = {}, torch.Generator().manual_seed(seed)
-    for stage, parameters in _stages(copy.adapter, inputs[:1]):
+    there = _stages(copy.adapter, inputs[:1])
+    asked = _asked(stages, [stage for stage, _ in there])
+    trained = explain_quietly(configured, subject, inputs, one_class(targets, len(inputs)), batch_size)
+    correlations: list[dict[str, npt.NDArray[np.float64]]] = [{} for _ in configured]
+    generator = torch.Generator().manual_seed(seed)
+    for stage, parameters in there:
         before = [parameter.detach().clone() for parameter in parameters]
         _randomise(parameters, generator)
-        (found,) = explain_quietly([method], copy, inputs, trained.targets, batch_size)
-        correlations[stage] = _rank_correlation(trained.scores, found.scores)
+        if stage in asked:
+            found = explain_quietly(configured, copy, inputs, trained[0].targets, batch_size)
+            for of_method, ours, theirs in zip(correlations, trained, found, strict=True):
+                of_method[stage] = _rank_correlation(ours.scores, theirs.scores)
         if order == "independent":
             with torch.no_grad():
                 for parameter, weights in zip(parameters, before, strict=True):
                     parameter.copy_(weights)
-    return RandomisationCheck(method, order, correlations)
+    return [
+        RandomisationCheck(method, order, found, ours.scores)
+        for method, found, ours in zip(configured, correlations, trained, strict=True)
+    ]
+
+
+def _asked(stages: Collection[str] | None, there: Sequence[str]) -> Collection[str]:
+    missing = [] if stages is None else [stage for stage in stages if stage not in there]
+    if missing:
+        raise OptionError(f"found the stages {', '.join(missing)}, expected some of {', '.join(there)}")
+    return there if stages is None else stages
 
 
 def _copied(adapter: ModelAdapter, image_size: tuple[int, int]) -> ModelAdapter:
