@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitexplain.attention import RowTile
 from vitexplain.capture import Capture
-from vitexplain.method import AttentionMethod
+from vitexplain.method import AttentionMethod, GradientMethod
 from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
@@ -23,7 +23,7 @@ from vitexplain.registry import register_method
     aliases=("attention_guided_cam",),
 )
 @dataclass(frozen=True)
-class AGCAM(AttentionMethod):
+class AGCAM(GradientMethod, AttentionMethod):
     r"""Positive gradients of attention, weighted by a sigmoid of the scores that the softmax is taken of.
 
     .. math:: m = \sum_l \sum_h s\,\bigl[(G_{l,h})^+ \circ \sigma(Z_{l,h})\bigr], \qquad A = \mathrm{softmax}(Z)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitexplain.cancellation import check_left_over
 from vitexplain.capture import Capture
-from vitexplain.method import AttentionMethod
+from vitexplain.method import AttentionMethod, GradientMethod
 from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
@@ -24,7 +24,7 @@ from vitexplain.registry import register_method
     aliases=("attentive_class_activation_tokens",),
 )
 @dataclass(frozen=True)
-class AttCAT(AttentionMethod):
+class AttCAT(GradientMethod, AttentionMethod):
     r"""What each token's features contribute to the target, weighted by how much attention the token gets.
 
     .. math:: m_j = \sum_l \underbrace{\frac{1}{HN} \sum_{h,i} A_{l,h,ij}}_{\text{attention that } j \text{ gets}}

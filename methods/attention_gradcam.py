@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from vitexplain.capture import Capture
-from vitexplain.method import Method
+from vitexplain.method import GradientMethod
 from vitexplain.options import option
 from vitexplain.record import Needs
 from vitexplain.registry import register_method
@@ -23,7 +23,7 @@ from vitexplain.registry import register_method
     aliases=("attn_gradcam", "cam_attn"),
 )
 @dataclass(frozen=True)
-class AttentionGradCAM(Method):
+class AttentionGradCAM(GradientMethod):
     r"""Heads of one block's attention, each weighted by its mean gradient over the patches.
 
     .. math:: \alpha_h = \frac1P \sum_{j=1}^{P} (s\,G_h)_j, \qquad m_j = \mathrm{E}_h[\alpha_h (s\,A_h)_j]
@@ -40,7 +40,7 @@ class AttentionGradCAM(Method):
     @property
     def needs(self) -> Needs:
         """Attention and its gradient in one block."""
-        return Needs(attention_gradient=True, from_block=self.layer)
+        return replace(super().needs, attention_gradient=True, from_block=self.layer)
 
     @property
     def signed(self) -> bool:
@@ -49,7 +49,7 @@ class AttentionGradCAM(Method):
 
     def attribute(self, capture: Capture) -> Tensor:
         """Weighted attention (B, N)."""
-        block, seed = capture.blocks[self.layer], capture.seed_row()
+        block, seed = capture.meeting(self.needs).blocks[self.layer], capture.seed_row()
         attention = block.propagate(seed, lambda tile: tile.attention)
         gradient = block.propagate(seed, lambda tile: tile.gradient)
         weights = gradient[:, :, block.layout.prefix :].mean(2, keepdim=True)

@@ -54,7 +54,6 @@ class BeyondIntuition(GatedAttentionMethod):
         """Gated rows (B, N) of the product, weighted by the seed.
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
             UnsupportedModelError: the model attends within windows, or its heads' outputs are no linear map of values.
         """
         seed = capture.seed_row()

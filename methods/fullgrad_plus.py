@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class FullGradPlus(GradientMethod):
     @property
     def needs(self) -> Needs:
         """The input of every block from `start_layer` on, and its gradient."""
-        return Needs(state_gradients=frozenset({"in"}), from_block=self.start_layer, backward=self.backward)
+        return replace(super().needs, state_gradients=frozenset({"in"}), from_block=self.start_layer)
 
     @property
     def follows_blocks(self) -> bool:

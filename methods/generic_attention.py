@@ -32,7 +32,7 @@ class GenericAttention(GradientMethod, ResidualMethod):
     @property
     def needs(self) -> Needs:
         """Attention and its gradient."""
-        return replace(super().needs, attention_gradient=True, backward=self.backward)
+        return replace(super().needs, attention_gradient=True)
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · E_h[(G∘A)+]."""

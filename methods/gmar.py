@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitexplain.attention import row_tiles
-from vitexplain.method import ResidualMethod
+from vitexplain.method import GradientMethod, ResidualMethod
 from vitexplain.options import option
 from vitexplain.record import BlockRecord, Needs
 from vitexplain.registry import register_method
@@ -23,7 +23,7 @@ from vitexplain.registry import register_method
     aliases=("gradient_driven_multi_head_attention_rollout",),
 )
 @dataclass(frozen=True)
-class GMAR(ResidualMethod):
+class GMAR(GradientMethod, ResidualMethod):
     r"""Attention rollout in which a head counts by the size of its gradient.
 
     .. math:: w_{l,h} = \frac{\lVert G_{l,h} \rVert}{\sum_{h'} \lVert G_{l,h'} \rVert}, \quad

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitexplain.capture import Capture
 from vitexplain.fusion import discard_lowest
-from vitexplain.method import AttentionMethod
+from vitexplain.method import AttentionMethod, GradientMethod
 from vitexplain.options import option
 from vitexplain.record import Needs
 from vitexplain.registry import register_method
@@ -24,7 +24,7 @@ from vitexplain.registry import register_method
     aliases=("grad_rollout", "attention_gradient_rollout", "vit_explain"),
 )
 @dataclass(frozen=True)
-class GradientRollout(AttentionMethod):
+class GradientRollout(GradientMethod, AttentionMethod):
     r"""Rollout of attention weighted by its gradient, the weakest entries left out.
 
     .. math:: F_l = \mathrm{discard}\bigl(\mathrm{E}_h[A_{l,h} \circ G_{l,h}]^+\bigr), \qquad

@@ -27,7 +27,7 @@ class HiResCAM(ActivationMap):
     with x the normalised input of one block's attention. A patch is never credited for what the gradient asks of
     another one. The paper's map has no ReLU (``relu=False``); the default keeps positive evidence alone, to be seen
     beside Grad-CAM. Where all that follows the features is a norm, the gradient is at right angles to them and every
-    score is zero; such models are refused. Scores (B, N).
+    score is zero; such models are refused, unless the gradient is balanced. Scores (B, N).
     """
 
     def weigh(self, tokens: Tensor, gradient: Tensor, prefix: int) -> Tensor:

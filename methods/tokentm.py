@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,13 +68,7 @@ class TokenTM(GradientMethod, ResidualMethod):
             changes.add(self._feed_forward)
         if self.transformation == "residual":
             changes.add(("in", "mid"))
-        return Needs(
-            attention_gradient=True,
-            states=frozenset({"in"}),
-            changes=frozenset(changes),
-            from_block=self.start_layer,
-            backward=self.backward,
-        )
+        return replace(super().needs, attention_gradient=True, states=frozenset({"in"}), changes=frozenset(changes))
 
     @property
     def _feed_forward(self) -> tuple[State, State]:

@@ -41,7 +41,6 @@ class TransitionAttention(GatedAttentionMethod):
         """Gated chain (B, N).
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
             UnsupportedModelError: the model attends within windows.
         """
         seed = capture.seed_row()

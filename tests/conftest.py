@@ -41,6 +41,16 @@ def quantus() -> ModuleType:
         return importlib.import_module("quantus")
 
 
+@pytest.fixture(scope="session")
+def pytorch_grad_cam() -> ModuleType:
+    """pytorch-grad-cam, to compare with; it brings its own OpenCV, so `.[test]` leaves it out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its imports warn of is not ours
+        if os.environ.get("VITEXPLAIN_PEERS") != "required":
+            pytest.importorskip("pytorch_grad_cam", reason="compared with pytorch-grad-cam where that is installed")
+        return importlib.import_module("pytorch_grad_cam")
+
+
 @pytest.fixture
 def model(family: str) -> nn.Module:
     return make_model(family)

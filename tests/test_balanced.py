@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,24 +12,76 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import make_images, make_model
+from families import NOT_DEFINED, make_images, make_model
+from lighter import get_explainer, method_options
+from test_contract import assert_same_state, disturb, state_of
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitexplain import Capture, CaptureError, Needs, UnsupportedModelError, adapt, get_explainer
+from vitexplain import (
+    Capture,
+    CaptureError,
+    Needs,
+    UnsupportedModelError,
+    adapt,
+    create_method,
+    explain_with,
+    list_methods,
+    method_info,
+)
 from vitexplain.balanced import BALANCED
+from vitexplain.explainer import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 
 ENTERING = Needs(state_gradients=frozenset({"in"}))
+
+CHOOSING = [name for name in list_methods() if "gradient" in {each.name for each in method_info(name).options}]
+"""Methods that can follow a balanced gradient."""
+
+OTHER_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "attention_gradcam": [{"layer": 0, "relu": True}],
+    "beyond_intuition": [{"variant": "head", "points": 3, "start_layer": 1}],
+    "gmar": [{"norm": "l2", "start_layer": 1}],
+    "gradcam": [{"layer": 0, "relu": False}],
+    "gradient_rollout": [{"discard_ratio": 0.5, "normalisation": "column"}],
+    "input_x_gradient": [{"reduction": "mean_abs"}],
+    "tokentm": [{"transformation": "residual", "start_layer": 1}],
+}
+"""Options with which a method reads something else of the capture."""
+
+CANCELLING = (
+    ("attcat", "relative_positions"),
+    ("fullgrad_plus", "relative_positions"),
+    ("hirescam", "several_attentions"),
+)
+"""Undefined by the plain gradient alone, which a norm turns at right angles to its tokens."""
 
 
 def balanced(needs: Needs) -> Needs:
     return replace(needs, backward=BALANCED)
 
 
-def explain(model: nn.Module, images: Tensor, method: str, **options: Any) -> Tensor:
-    return get_explainer(method, model, **options)(images, 4).scores
+def explain(model: nn.Module, images: Tensor, method: str, target: Any = 4, **options: Any) -> Tensor:
+    return get_explainer(method, model, **options)(images, target).scores
+
+
+def test_the_shelf_can_follow_balanced_gradients() -> None:
+    assert {
+        *("agcam", "attcat", "attention_gradcam", "beyond_intuition", "fullgrad_plus", "generic_attention", "gmar"),
+        *("gradcam", "gradcam_plus_plus", "gradient_rollout", "hirescam", "input_x_gradient", "layercam", "saliency"),
+        *("tokentm", "transition_attention"),
+    } <= set(CHOOSING)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_option_has_no_place_among_the_positional_ones(name: str) -> None:
+    kind = method_info(name).method
+    places = [each.name for each in method_info(name).options if each.name != "gradient"]
+    values = [getattr(create_method(name), each) for each in places]
+    assert kind(*values) == create_method(name)
+    with pytest.raises(TypeError, match="positional"):
+        kind(*values, "balanced")
 
 
 def test_the_forward_is_the_same_bit_for_bit(family: str) -> None:
@@ -76,12 +129,13 @@ def linear_model() -> nn.Module:
     return model.eval().double()
 
 
-@pytest.mark.parametrize("name", ["generic_attention", "tokentm", "gradcam"])
+@pytest.mark.parametrize("name", CHOOSING)
 def test_in_a_linear_model_it_is_the_plain_gradient(name: str) -> None:
-    model, images = linear_model(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
-    torch.testing.assert_close(
-        explain(model, images, name, gradient="balanced"), explain(model, images, name), rtol=1e-9, atol=1e-12
-    )
+    model = linear_model()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = explain(model, images, name)
+    assert plain.any()
+    torch.testing.assert_close(explain(model, images, name, gradient="balanced"), plain, rtol=1e-9, atol=1e-12)
 
 
 class ConstantScale(nn.Module):
@@ -103,6 +157,31 @@ class ConstantGate(nn.Module):
         return x * (0.5 * (1 + torch.erf(x / math.sqrt(2)))).detach()
 
 
+class Constant(nn.Module):
+    """What a module puts out, detached."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x).detach()
+
+
+def with_constants(model: nn.Module) -> Any:
+    """A copy whose derivative is the balanced gradient: denominators, gates, queries and keys are detached."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in ("q_norm", "k_norm"):
+                setattr(parent, name, Constant(child))
+            elif isinstance(child, nn.LayerNorm):
+                setattr(parent, name, ConstantScale(child))
+            elif isinstance(child, nn.GELU):
+                setattr(parent, name, ConstantGate())
+    return model
+
+
 class ConstantAttention(nn.Module):
     """Takes the place of attention dropout: hands on a leaf."""
 
@@ -111,20 +190,12 @@ class ConstantAttention(nn.Module):
         return self.leaf
 
 
-def by_hand(model: Any, images: Tensor, target: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def by_hand(model: nn.Module, images: Tensor, target: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Attention, its gradient, and the gradient at the blocks' inputs, of a model that is rewritten with constants."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.LayerNorm) and not isinstance(parent, ConstantScale):
-                setattr(parent, name, ConstantScale(child))
-            elif isinstance(child, nn.GELU):
-                setattr(parent, name, ConstantGate())
-            elif name == "attn_drop":
-                setattr(parent, name, ConstantAttention())
+    model = with_constants(model)
     inputs: list[Tensor] = []
     for block in model.blocks:
-        block.attn.fused_attn = False
+        block.attn.fused_attn, block.attn.attn_drop = False, ConstantAttention()
         block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     score = model(images)[:, target].sum()
     leaves = [block.attn.attn_drop.leaf for block in model.blocks]
@@ -150,9 +221,26 @@ def test_gradients_are_those_of_a_model_rewritten_with_constants(family: str) ->
         assert (plain.attention_gradient() - gradient).abs().max() > 1e-3 * gradient.abs().max()
 
 
+@pytest.mark.exact_states
+@pytest.mark.parametrize("name", CHOOSING)
+def test_maps_are_the_plain_ones_of_a_model_rewritten_with_constants(name: str, family: str) -> None:
+    model, images = make_model(family).double(), make_images(family).double()
+    rewritten = with_constants(model)
+    for options in ({}, *OTHER_VARIANTS.get(name, [])):
+        expected = explain(rewritten, images, name, **options)
+        scale = expected.abs().max().item()
+        found = explain(model, images, name, gradient="balanced", **options)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8 * scale)
+        try:
+            plain = explain(model, images, name, **options)
+        except UnsupportedModelError:
+            continue
+        assert (plain - found).abs().max() > 1e-3 * scale
+
+
 def test_attention_written_by_hand_is_held_constant_too() -> None:
     model, images = make_model("hf_vit"), make_images("hf_vit")
-    fused = {name: explain(model, images, name, gradient="balanced") for name in ("generic_attention", "gradcam")}
+    fused = {name: explain(model, images, name, gradient="balanced") for name in CHOOSING if name != "agcam"}
     model.set_attn_implementation("eager")
     for name, expected in fused.items():
         torch.testing.assert_close(explain(model, images, name, gradient="balanced"), expected, rtol=1e-4, atol=1e-6)
@@ -210,19 +298,83 @@ def test_means_of_layer_norm_are_not_constant() -> None:
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_what_has_no_rule_is_refused() -> None:
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_has_no_rule_is_refused(name: str) -> None:
     class Bent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.tanh(x)
 
     model = make_model("cls")
     model.blocks[2].mlp.act = Bent()
+    disturb(model)
+    before = state_of(model)
     with pytest.raises(UnsupportedModelError, match=r"'tanh'.*gradient='plain'"):
-        explain(model, make_images("cls"), "generic_attention", gradient="balanced")
-    assert explain(model, make_images("cls"), "generic_attention").isfinite().all()
+        explain(model, make_images("cls"), name, gradient="balanced")
+    assert_same_state(before, state_of(model))
+    assert explain(model, make_images("cls"), name).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["generic_attention", "tokentm", "gradcam"])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_model_is_given_back_as_it_was(name: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    expected = explain(model, images, name, gradient="balanced")
+    disturb(model)
+    before = state_of(model)
+    torch.testing.assert_close(explain(model, images, name, gradient="balanced"), expected, rtol=1e-4, atol=1e-6)
+    assert_same_state(before, state_of(model))
+
+
+def scores_together(model: nn.Module, images: Tensor, target: Any, asked: list[tuple[str, str]]) -> list[Tensor]:
+    """Scores by methods and gradients that share a capture."""
+    methods = [create_method(name, **{**method_options(name, model), "gradient": gradient}) for name, gradient in asked]
+    return [each.scores for each in explain_with(methods, Subject.of(model), images, target)]
+
+
+TARGETS: dict[str, Any] = {"classes": [[1, 4], [0, 2]], "contrast": (1, 4), "function": lambda y: y[:, 1] * y[:, 2]}
+
+
+@functools.cache
+def _beside_plain_ones(kind: str) -> dict[tuple[str, str], Tensor]:
+    asked = [(name, gradient) for name in CHOOSING for gradient in ("plain", "balanced")]
+    scores = scores_together(make_model("registers"), make_images("registers"), TARGETS[kind], asked)
+    return dict(zip(asked, scores, strict=True))
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_beside_plain_gradients_maps_are_the_same(name: str, kind: str) -> None:
+    model, images = make_model("registers"), make_images("registers")
+    for gradient in ("plain", "balanced"):
+        alone = explain(model, images, name, TARGETS[kind], gradient=gradient)
+        torch.testing.assert_close(_beside_plain_ones(kind)[name, gradient], alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_balanced_gradients_cost_the_same_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, ran = make_model("cls"), make_images("cls"), []
+    gradient = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **named: ran.append("B") or gradient(*args, **named))
+    explain(model, images, name)  # finding out how a model works takes passes of its own
+    model.register_forward_pre_hook(lambda *_: ran.append("F"))
+    costs = []
+    for each in ("plain", "balanced"):
+        ran.clear()
+        explain(model, images, name, gradient=each)
+        costs.append(sorted(ran))
+    assert costs[0] == costs[1]
+    assert set(costs[0]) == {"B", "F"}
+
+
+def test_every_family_has_balanced_maps(family: str) -> None:
+    """Also where the plain gradient is at right angles to what it would be multiplied with."""
+    asked = [name for name in CHOOSING if (name, family) not in NOT_DEFINED or (name, family) in CANCELLING]
+    maps = scores_together(make_model(family), make_images(family), 4, [(name, "balanced") for name in asked])
+    for name, scores in zip(asked, maps, strict=True):
+        assert scores.isfinite().all(), name
+        assert scores.flatten(1).std(1).min() > 0, name
+
+
+@pytest.mark.parametrize("name", CHOOSING)
 def test_batches_targets_and_precision(name: str) -> None:
     model, images = make_model("registers"), make_images("registers", batch=3)
     explainer = get_explainer(name, model, gradient="balanced")

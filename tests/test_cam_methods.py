@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -247,16 +244,6 @@ def test_stored_maps_of_eigencam_up_to_their_sign(goldens: Path, real_models: An
         theirs = maps[key]
         apart = min(np.abs(ours - theirs).max(), np.abs(ours + theirs).max())
         assert apart <= 1e-4 * np.abs(theirs).max(), f"{key}: {apart}"
-
-
-@pytest.fixture(scope="session")
-def pytorch_grad_cam() -> ModuleType:
-    """pytorch-grad-cam, to compare with; it brings its own OpenCV, so `.[test]` leaves it out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its imports warn of is not ours
-        if os.environ.get("VITEXPLAIN_PEERS") != "required":
-            pytest.importorskip("pytorch_grad_cam", reason="compared with pytorch-grad-cam where that is installed")
-        return importlib.import_module("pytorch_grad_cam")
 
 
 @pytest.mark.peers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class ActivationMap(GradientMethod):
     @property
     def needs(self) -> Needs:
         """The attention input of one block, and its gradient."""
-        return Needs(state_gradients=frozenset({"attention_input"}), from_block=self.layer, backward=self.backward)
+        return replace(super().needs, state_gradients=frozenset({"attention_input"}), from_block=self.layer)
 
     @property
     def signed(self) -> bool:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .capture import Capture
 from .errors import UnsupportedModelError
-from .method import AttentionMethod
+from .method import AttentionMethod, GradientMethod
 from .options import option
 from .record import BlockRecord, Needs
 from .target_response import TargetResponse
 
 
 @dataclass(frozen=True)
-class GatedAttentionMethod(AttentionMethod):
+class GatedAttentionMethod(GradientMethod, AttentionMethod):
     """Base of methods whose map is gated by the integrated gradient of the last attention.
 
     The gradient is averaged over `points` copies of the input, t x for t from 0 to 1 in equal steps, both ends taken.
@@ -33,7 +33,6 @@ class GatedAttentionMethod(AttentionMethod):
             rows: (R,) int64, the tokens whose rows of the attention are wanted.
 
         Raises:
-            TargetError: the target is a contrast or a function of the logits.
             UnsupportedModelError: blocks attend within windows, or over different tokens.
         """
         odd = next((each for each in capture.blocks if each.windows or each.layout != capture.layouts[-1]), None)
@@ -44,8 +43,8 @@ class GatedAttentionMethod(AttentionMethod):
             )
         response = TargetResponse.of(capture, self.info.name)
         everyone = torch.arange(len(capture.images))
-        total = _gradient_rows(capture.blocks[-1], rows)
-        needs = Needs(attention_gradient=True, from_block=-1)
+        total = _gradient_rows(self.blocks(capture)[-1], rows)
+        needs = Needs(attention_gradient=True, from_block=-1, backward=self.backward)
         for share in torch.linspace(0, 1, self.points, dtype=torch.float64)[:-1].tolist():
             with Capture(capture.adapter, needs) as scaled:
                 logits = scaled.forward(capture.images.detach() * share)

@@ -29,5 +29,6 @@ def check_left_over(scores: Tensor, magnitudes: Tensor) -> None:
         raise UnsupportedModelError(
             "features times gradient cancel on every patch: all that this model reads of these tokens passes a norm, "
             "whose gradient is at right angles to them; expected tokens behind the norm, or a residual stream that "
-            "counts. Use gradcam, layercam or generic_attention"
+            "counts. Use gradient='balanced', under which a norm's scale is constant, or gradcam, layercam or "
+            "generic_attention"
         )

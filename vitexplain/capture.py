@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -27,6 +28,7 @@ from .models.adapter import ModelAdapter
 from .record import BlockRecord, Needs, State
 from .state_tap import watch_state
 from .tap import AttentionTap, Instead
+from .targets import ExplainedScore
 
 
 class Capture:
@@ -39,17 +41,16 @@ class Capture:
             capture.backward(logits[:, 281].sum())
             capture.blocks[-1].attention_gradient()
 
-    The model is in evaluation mode with frozen weights inside the `with`, and as it was before after it. Not for
-    use from several threads on the same model at once.
+    Inside the `with` the model is in evaluation mode with frozen weights, after it as before. One thread a model.
 
     Attributes:
         adapter: the model's adapter.
         needs: what is recorded.
-        blocks: one record a block, L in all; those below `needs.from_block` stay empty.
+        blocks: one record a block, L in all; those below `needs.from_block`, here always an index, stay empty.
         images: the (B, channels, H, W) input of the forward pass.
         pool: the record of an attention-pooling head; None for other heads.
         logits: the model's output (B, C), detached.
-        classes: (B,) the class that is explained, for methods that are told it; None for a contrast or a function.
+        explained: the score that is explained, for methods that ask for it again; None where nothing was said of it.
         grid: patch grid (h, w).
         layouts: the tokens of each block.
     """
@@ -59,11 +60,12 @@ class Capture:
     grid: tuple[int, int]
     layouts: tuple[TokenLayout, ...]
     pool: BlockRecord | None = None
-    classes: Tensor | None = None
+    explained: ExplainedScore | None = None
 
     def __init__(self, model: nn.Module | ModelAdapter, needs: Needs) -> None:
         self.adapter = adapt(model)
-        self.needs = needs
+        self._first = self.adapter.check_block(needs.from_block)
+        self.needs = replace(needs, from_block=self._first)
         self.blocks: list[BlockRecord] = []
         self._tracked: list[tuple[Tensor, Callable[[Tensor], None]]] = []
         self._context: ExitStack | None = None
@@ -74,8 +76,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
-            # inside a caller's inference_mode no graph could be recorded
-            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.inference_mode(False))  # in a caller's no graph could be recorded
             stack.enter_context(torch.set_grad_enabled(self.needs.gradient))
             stack.enter_context(borrowed(self.adapter.model))
             stack.enter_context(self.adapter.prepared())
@@ -97,6 +98,11 @@ class Capture:
         for other in self._others.values():
             other._let_go()
         self._others.clear()
+
+    @property
+    def classes(self) -> Tensor | None:
+        """(B,) the class that is explained; None for a contrast, a function, or nothing said."""
+        return None if self.explained is None else self.explained.classes
 
     @property
     def num_tokens(self) -> int:
@@ -204,7 +210,7 @@ class Capture:
                 self._others[needs] = other
             if other._score_gradient is None and other._output is not None:
                 other.backward((other._output * self._score_gradient).sum(), retain_graph=True)
-        other.classes = self.classes
+        other.explained = self.explained
         return other
 
     def _watched_images(self) -> Tensor:
@@ -219,7 +225,7 @@ class Capture:
     def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
         tap = AttentionTap(len(self.images))
-        for record in self.blocks[self.needs.from_block :]:
+        for record in self.blocks[self._first :]:
             if self.needs.any_attention:
                 record.watched = True
                 handles += tap.watch(record.modules.attention, self._keep_attention(record), self._fuse_heads(record))
@@ -283,7 +289,7 @@ class Capture:
     def _check_records(self) -> None:
         if not self.needs.any_attention:
             return
-        for record in [*self.blocks[self.needs.from_block :], *([self.pool] if self.pool else [])]:
+        for record in [*self.blocks[self._first :], *([self.pool] if self.pool else [])]:
             (prefix, (h, w)), windows = (record.layout.prefix, record.layout.grid), record.windows
             expected, found = (record.layout.count if windows is None else windows.area), record.operands.num_keys
             if found != expected and not (record is self.pool and found == h * w):

@@ -20,7 +20,7 @@ from .explanation import Explanation
 from .method import Method
 from .models import adapt
 from .models.adapter import ModelAdapter
-from .targets import ResolvedTarget, Target, check_length, resolve_target, select_target
+from .targets import ExplainedScore, ResolvedTarget, Target, check_length, resolve_target, select_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -225,7 +225,7 @@ def _explain_batch(
         logits = capture.forward(inputs)
         resolved = resolve_target(target, logits)
         for index in range(resolved.count):
-            capture.classes = resolved.plain_classes(index)
+            capture.explained = ExplainedScore(resolved, index)
             score = resolved.score(logits, index)
             if needs.gradient:
                 capture.backward(score.sum(), retain_graph=index + 1 < resolved.count)

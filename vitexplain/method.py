@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -79,9 +79,11 @@ class Method(Configurable):
 class GradientMethod(Method):
     """Base of methods that follow a gradient, and can follow a balanced one instead.
 
-    Their `needs` pass `backward` on, and what they read comes from ``capture.meeting(self.needs)``.
+    It stands first among the bases. A method's `needs` are made of ``super().needs``, which say by what rules the
+    backward pass goes, and what it reads comes from ``capture.meeting(self.needs)``.
     """
 
+    _: KW_ONLY  # options of methods keep their places, whatever they can be told of the gradient
     gradient: str = option(
         "plain",
         "plain: the derivative; balanced: with the scales of norms, gates and attention held constant (LibraGrad)",
@@ -92,6 +94,11 @@ class GradientMethod(Method):
     def backward(self) -> BackwardRules | None:
         """The rules of the backward pass."""
         return BALANCED if self.gradient == "balanced" else None
+
+    @property
+    def needs(self) -> Needs:
+        """What the next base asks for, by these rules of the backward pass."""
+        return replace(super().needs, backward=self.backward)
 
 
 @dataclass(frozen=True)

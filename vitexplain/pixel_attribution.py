@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class ImageGradientAttribution(GradientMethod, PixelAttribution):
     @property
     def needs(self) -> Needs:
         """The gradient at the image."""
-        return Needs(image_gradient=True, backward=self.backward)
+        return replace(super().needs, image_gradient=True)
 
     def image_gradient(self, capture: Capture) -> Tensor:
         """Gradient (B, channels, H, W) of the explained score at the image, float32 or wider.

@@ -33,7 +33,8 @@ class Needs:
         attention_gradient: the gradient at each attention output; brings `attention` with it.
         states: token states to keep.
         state_gradients: token states whose gradient is kept; brings the state itself with it.
-        from_block: first block needed, zero-based; nothing is recorded below it, and the graph starts here.
+        from_block: first block needed, zero-based, or a float for a share of the blocks; nothing is recorded below it,
+            and the graph starts here.
         changes: pairs of token states of which the `Change` is kept, and not the states.
         fusion: attention is only read with its heads fused so; where nothing else is asked for, that is what is kept.
         image_gradient: the gradient at the images is kept; the graph then starts there.
@@ -45,7 +46,7 @@ class Needs:
     attention_gradient: bool = False
     states: frozenset[State] = frozenset()
     state_gradients: frozenset[State] = frozenset()
-    from_block: int = 0
+    from_block: int | float = 0
     changes: frozenset[tuple[State, State]] = frozenset()
     fusion: Fusion | None = None
     image_gradient: bool = False

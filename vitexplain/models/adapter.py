@@ -200,13 +200,15 @@ class ModelAdapter(ABC):
         reference = images if reference is None else reference
         return images.detach().to(device=reference.device, dtype=reference.dtype)
 
-    def check_block(self, index: int) -> int:
-        """The block index as a number from 0 to L-1; negative ones count from the end.
+    def check_block(self, index: int | float) -> int:
+        """The block index as a number from 0 to L-1; negative ones count from the end, a float is a share of L.
 
         Raises:
             UnsupportedModelError: the model has no such block.
         """
         count = len(self.blocks)
+        if isinstance(index, float):
+            index = min(round(index * count), count - 1)
         if not -count <= index < count:
             raise UnsupportedModelError(f"found block index {index}, expected {-count} to {count - 1} for this model")
         return index % count
