@@ -98,7 +98,7 @@ class TestExplain:
     def test_defaults(self, folder: Path, tmp_path: Path) -> None:
         assert explain(folder, "--output", tmp_path).exit_code == 0
         (entry,) = json.loads((tmp_path / "a.json").read_text())["maps"]
-        assert entry["method"] == "tokentm"
+        assert entry["method"] == "contributions"
         assert entry["label"] == LABELS[entry["class"]]
 
     def test_folders_patterns_and_a_broken_file(self, folder: Path, tmp_path: Path) -> None:
@@ -131,17 +131,26 @@ class TestExplain:
             (["--checkpoint", __file__], [r"test_cli\.py' cannot be read as weights"]),
             (["--labels", "none.txt"], ["labels file 'none.txt' cannot be read"]),
             (["--method", "tokentn"], ["no method called 'tokentn' .did you mean 'tokentm'"]),
-            (["--option", "start_leyer=1"], ["no option of tokentm called 'start_leyer' .did you mean 'start_layer'"]),
+            (
+                ["--method", "tokentm", "--option", "start_leyer=1"],
+                ["no option of tokentm called 'start_leyer' .did you mean 'start_layer'"],
+            ),
             (["--option", "start_layer"], ["--option: found 'start_layer', expected NAME=VALUE"]),
-            (["--option", "start_layer=1.0"], [r"tokentm: found start_layer=1\.0, expected a whole number >= 0"]),
-            (["--option", "start_layer="], ["found start_layer='', expected a whole number"]),
-            (["--option", "length=1"], ["found length='1', expected True or False"]),
-            (["--option", "length=true", "--option", "length=false"], ["found length twice .'true' and 'false'"]),
+            (
+                ["--method", "tokentm", "--option", "start_layer=1.0"],
+                [r"tokentm: found start_layer=1\.0, expected a whole number >= 0"],
+            ),
+            (["--method", "tokentm", "--option", "start_layer="], ["found start_layer='', expected a whole number"]),
+            (["--method", "tokentm", "--option", "length=1"], ["found length='1', expected True or False"]),
+            (
+                ["--method", "tokentm", "--option", "length=true", "--option", "length=false"],
+                ["found length twice .'true' and 'false'"],
+            ),
             (
                 ["--method", "rollout", "--option", "head_fusion=median"],
                 ["'median', expected 'mean' or 'max' or 'min'"],
             ),
-            (["--option", "start_layer=99"], ["99"]),
+            (["--method", "tokentm", "--option", "start_layer=99"], ["99"]),
             (["--target", "-1"], ["found class -1, expected 0 to 6"]),
             (["--target", "5000"], ["found class 5000, expected 0 to 6"]),
             (["--target", "crane"], [r"ambiguous: 4 \(crane\), 5 \(crane\)\. Give the index"]),
@@ -266,7 +275,7 @@ class TestOtherCommands:
 
     def test_help_says_what_the_defaults_are(self) -> None:
         text = re.sub(r"[\s│]+", " ", run("explain", "--help", width=80).stdout)
-        for default in ("tokentm", "the predicted class", "scenes", "8", "vitexplain-output", "the model's own", "cpu"):
+        for default in ("auto", "the predicted class", "scenes", "8", "vitexplain-output", "the model's own", "cpu"):
             assert f"[default: {default}]" in text
 
     def test_misuse(self) -> None:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .automatic import NAME, automatic
 from .explainer import Explainer, Subject
 from .models.adapter import ModelAdapter
 from .models.graphs import refuse_graphs
-from .registry import create_method
+from .registry import create_method, squash
 
 if TYPE_CHECKING:
     from .models.loading import LoadedModel
@@ -26,7 +27,9 @@ def get_explainer(
         explanation = explainer(images, target=281)
 
     Args:
-        name: a method of `list_methods()`; hyphens, capitals and usual aliases are forgiven.
+        name: a method of `list_methods()`; hyphens, capitals and usual aliases are forgiven. ``"auto"`` is what this
+            project takes to be the best at one forward and one backward: `contributions`, or `gradcam` for models
+            without attention over all tokens.
         model: a supported `torch.nn.Module`, what `load_model` returned, or a name that `load_model` takes.
         **options: the method's options, see `method_info(name).options`.
 
@@ -41,7 +44,8 @@ def get_explainer(
 
         model = load_model(model)
     refuse_graphs(model)
-    return Explainer(method, model if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject)
+    subject = Subject.of(model) if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject
+    return Explainer(automatic(subject) if squash(name) == NAME and not options else method, subject)
 
 
 def load_model(name: str = "scenes", **options: Any) -> LoadedModel:

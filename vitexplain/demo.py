@@ -19,7 +19,7 @@ from .panels import Cell, panel
 from .registry import create_method, method_info
 from .render import contours, save_png
 
-METHODS = ("rollout", "gradcam", "generic_attention", "tokentm")
+METHODS = ("rollout", "gradcam", "tokentm", "contributions")
 _SHOWN = 288  # pixels a side at which the small scenes are drawn
 _TRIES = 200
 
