@@ -94,7 +94,7 @@ def _draw(scenes: Sequence[Scene], explanations: Sequence[Explanation], titles: 
             row_titles.append(f"{names[index][k]}\n{probabilities[index, k]:.0%}")
     image = panel(
         rows,
-        title=f"Why these classes?  One model, one forward pass, {len(titles)} methods",
+        title=f"Why these classes?  One model, {len(titles)} methods",
         column_titles=["Object explained", *titles],
         row_titles=row_titles,
         cell_size=176,
