@@ -100,7 +100,7 @@ def compare_rows(
     figure = figure or metric.info.figures[0].name
     if figure not in known:
         raise UnknownNameError.listing(f"figure of {metric.info.name}", figure, known)
-    lengths = {label: len(each["broken"]) for label, each in rows.items()}
+    lengths = {label: len(next(iter(each.values()))) for label, each in rows.items()}
     if len(lengths) < 2 or len(set(lengths.values())) > 1:
         raise InputError(
             f"found rows of {lengths} images, expected at least two methods on the same images in the same order"
