@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,15 @@ class Contributions(GradientMethod, Method):
     another: the gradient at a block already knows what those above make of it. Scores (B, h, w) >= 0.
     """
 
+    start: float = option(1 / 3, "share of the blocks that is left out, from the first on", minimum=0, maximum=1)
+    sharpness: float = option(1.3, "γ: above 1, strong patches stand out more", minimum=0)
+    surroundings: float = option(0.1, "β: weight of a patch's neighbourhood", minimum=0)
+    _: KW_ONLY
     gradient: str = option(
         "balanced",
         "balanced: with the scales of norms, gates and attention held constant (LibraGrad); plain: the derivative",
         choices=("plain", "balanced"),
     )
-    start: float = option(1 / 3, "share of the blocks that is left out, from the first on", minimum=0, maximum=1)
-    sharpness: float = option(1.3, "γ: above 1, strong patches stand out more", minimum=0)
-    surroundings: float = option(0.1, "β: weight of a patch's neighbourhood", minimum=0)
 
     @property
     def needs(self) -> Needs:

@@ -124,6 +124,7 @@ NOT_OF_PATCHES = {
     "centre_prior": "it says where a patch is",
     "random_scores": "its draws go by place",
     **dict.fromkeys(("gradient_shap", "smoothgrad", "kernel_shap", "rise"), "its draws go by place"),
+    "contributions": "its neighbourhoods stay behind",
     "occlusion": "its windows cover neighbours",
     "vit_cx": "its masks are smoothed",
 }

@@ -63,7 +63,7 @@ def balanced(needs: Needs) -> Needs:
 
 
 def explain(model: nn.Module, images: Tensor, method: str, target: Any = 4, **options: Any) -> Tensor:
-    return get_explainer(method, model, **options)(images, target).scores
+    return get_explainer(method, model, **{"gradient": "plain", **options})(images, target).scores
 
 
 def test_the_shelf_can_follow_balanced_gradients() -> None:

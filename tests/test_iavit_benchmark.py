@@ -12,7 +12,9 @@ from vitexplain.benchmarks import iavit, iavit_cost, iavit_tasks
 
 
 def made_up(task: str, variant: str, seed: int, accuracy: float) -> dict[str, Any]:
-    maps = {name: {"deletion": 0.2, "insertion": 0.5 + seed / 10} for name in iavit.MAPS}
+    maps = {
+        name: {"deletion": [0.2, 0.1, 0.3], "insertion": [0.5 + seed / 10, 0.4, 0.7 + seed / 10]} for name in iavit.MAPS
+    }
     if variant == "plain":
         del maps["iavit"]
     figures = {"accuracy": accuracy, "interpreter accuracy": 0.5, "agreement": 0.6}
@@ -29,7 +31,14 @@ def test_tables_have_means_and_deviations_over_seeds() -> None:
         *("kl, iavit", "kl, raw_attention", "kl, rollout"),
     ]
     assert rows[1][1:5] == ["1", "90.0", "–", "–"]
-    assert rows[3][1:] == ["2", "75.0 ± 7.1", "50.0 ± 0.0", "60.0 ± 0.0", "20.0 ± 0.0", "55.0 ± 7.1"]
+    assert rows[3][1:] == [
+        "2",
+        "75.0 ± 7.1",
+        "50.0 ± 0.0",
+        "60.0 ± 0.0",
+        "20.0 ± 0.0 [10.0, 30.0]",
+        "55.0 ± 7.1 [40.0, 75.0]",
+    ]
 
 
 def test_a_model_that_is_not_trained_is_plain_once() -> None:
