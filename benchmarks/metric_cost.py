@@ -27,7 +27,7 @@ from vitexplain.metrics.metric import Metric, MetricBatch
 from vitexplain.metrics.predictor import Predictor
 from vitexplain.render import upsample
 
-from .measuring import FORWARD, Run, forward, machine_facts, markdown_table, random_images, random_vit, verdict
+from .measuring import FORWARD, Run, forward, load_vit, machine_facts, markdown_table, random_images, verdict
 from .speed import Times, interleaved, quartiles
 
 LIMITS = {
@@ -48,16 +48,6 @@ QUANTUS, SAME_WORK = "Quantus PixelFlipping", "deletion, the same steps"
 
 _MODULE = "vitexplain.benchmarks.metric_cost"
 _MODEL = "vit_tiny_patch16_224"
-
-
-def load_model(data: str | None) -> nn.Module:
-    """ViT-Ti in evaluation mode, with the weights in the folder of test data; with random ones without."""
-    model = random_vit(_MODEL, 224)
-    if data is not None:
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(Path(data) / f"{_MODEL}_in1k" / "model.safetensors"))
-    return model
 
 
 def candidates(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, Run]:
@@ -160,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before, load = torch.get_num_threads(), os.getloadavg()[0]
     torch.set_num_threads(options.threads)
     try:
-        runs = candidates(load_model(data), random_images(options.batch, 224), options.forward_batch)
+        model, weights = load_vit(_MODEL, 224, None if data is None else Path(data))
+        runs = candidates(model, random_images(options.batch, 224), options.forward_batch)
         if unknown := sorted(set(options.only or ()) - set(runs)):
             parser.error(f"unknown computations {unknown}; there are {', '.join(runs)}")
         chosen = {name: run for name, run in runs.items() if name == FORWARD or name in (options.only or runs)}
@@ -168,7 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         torch.set_num_threads(before)
     busy = f"{options.threads} thread(s), load average {load:.1f} to {os.getloadavg()[0]:.1f}"
-    weights = "random" if data is None else "trained"
     text = report(times, options.batch, weights, machine_facts(_MODULE, given, busy))
     print(text)
     if options.output:
