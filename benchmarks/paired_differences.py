@@ -17,7 +17,7 @@ from vitexplain.metrics.ranking import PairedDifference, compare_rows
 
 from .measuring import markdown_table
 
-FIGURES = ("probability_auc", "energy")
+FIGURES = ("probability_auc", "energy", "auc", "saco")
 """Those that are compared where a metric has several."""
 
 NAME = "differences.md"
