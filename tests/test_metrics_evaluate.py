@@ -249,6 +249,10 @@ def test_the_table_is_markdown(vit: nn.Module) -> None:
     assert re.fullmatch(r"\| gradcam \| \S+ \[\S+, \S+\] \| \S+ \[\S+, \S+\] \| 1 \[1, 1\] \|", lines[3])
     assert repr(found).startswith("Evaluation of 2 methods on 7 images\n| method")
     assert isinstance(found, Evaluation)
+    masked = evaluate(
+        "rollout", IMAGES, "pixel_average_precision", model=vit, masks=torch.eye(32, 48).expand(7, 32, 48)
+    )
+    assert masked.to_markdown().startswith("| method | pixel_average_precision ↑ | pixel_average_precision chance |")
 
 
 def test_pictures_and_models_by_name() -> None:

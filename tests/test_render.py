@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from torch.nn import functional
 
-from vitexplain.colormaps import color_table
+from vitexplain.colormaps import SIGNED_COLORMAP, UNSIGNED_COLORMAP, color_table
+from vitexplain.device_painting import paint, paint_over
 from vitexplain.errors import ExportError, InputError, OptionError, UnknownNameError
 from vitexplain.render import COLORMAPS, colourise, contours, normalise, overlay, save_png, upsample
 
@@ -268,3 +269,28 @@ class TestSavePng:
             save_png(np.zeros((2, 2), np.uint8), tmp_path / "folder.png")
         with pytest.raises(ExportError, match=r"found suffix '\.jpg', expected '\.png'"):
             save_png(np.zeros((2, 2), np.uint8), tmp_path / "map.jpg")
+
+
+class TestDevicePainting:
+    """What a GPU runs, run on the CPU."""
+
+    def test_paints_as_the_cpu_does(self) -> None:
+        indices = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16)
+        painted = paint(indices, color_table(UNSIGNED_COLORMAP))
+        assert np.array_equal(painted, colourise(indices.float() / 255))
+
+    @pytest.mark.parametrize("mode", ["weighted", "blend"])
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_lays_over_as_the_cpu_does(self, signed: bool, mode: Any) -> None:
+        pictures = photographs(2, 8, 16)
+        indices = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16)
+        heat = np.linspace(0, 1, 256)
+        strength = np.abs(2 * heat - 1) if signed else heat
+        opacity = 0.75 * (strength * (2 - strength) if mode == "weighted" else np.ones(256))
+        table = color_table(SIGNED_COLORMAP if signed else UNSIGNED_COLORMAP)
+        found = paint_over(pictures, indices, table, opacity).numpy().astype(int)
+        expected = overlay(pictures, indices.float() / 255, signed=signed, mode=mode)
+        weights = opacity.reshape(2, 8, 16, 1)
+        exact = weights * table[indices.numpy()] + (1 - weights) * pictures
+        for painted in (found, expected):  # which differ where the exact value is half way
+            assert np.abs(painted - exact).max() <= 0.504

@@ -1,6 +1,6 @@
 """Pictures from scores: upsampling, scaling to [0, 1], colours, overlays, PNG files.
 
-Scores and heatmaps are tensors and stay on their device; what is drawn are uint8 RGB arrays.
+Scores and heatmaps are tensors and stay on their device, where they are also coloured; pictures are uint8 RGB arrays.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitexplain.colormaps import COLORMAPS, SIGNED_COLORMAP, UNSIGNED_COLORMAP, color_table
+from vitexplain.device_painting import paint, paint_over
 from vitexplain.errors import ExportError, InputError, OptionError
 from vitexplain.files import write_whole
 
@@ -131,7 +132,10 @@ def colourise(heatmaps: Tensor | npt.NDArray[Any], colormap: str = UNSIGNED_COLO
     Raises:
         UnknownNameError: no such colour map.
     """
-    painted: Pixels = np.take(color_table(colormap), _indices(heatmaps), axis=0)
+    indices, table = _indices(heatmaps), color_table(colormap)
+    if indices.device.type != "cpu":
+        return _fetched(paint(indices, table))
+    painted: Pixels = np.take(table, _fetched(indices), axis=0)
     return painted
 
 
@@ -173,9 +177,12 @@ def overlay(
     strength = np.abs(2 * heat - 1) if signed else heat
     # rising fast at first, so that middling heat does not vanish in a busy photograph
     weights = strength * (2 - strength) if mode == "weighted" else np.ones_like(strength)
-    indices = _indices(heatmaps).reshape(-1, pictures.shape[-2])  # the whole batch as one tall picture
-    if indices.size == 0:
+    found = _indices(heatmaps)
+    if found.numel() == 0:
         return np.empty_like(pictures)
+    if found.device.type != "cpu":
+        return _fetched(paint_over(pictures, found, table, alpha * weights))
+    indices = _fetched(found).reshape(-1, pictures.shape[-2])  # the whole batch as one tall picture
     opacity = cv2.LUT(indices, (alpha * weights).astype(np.float32))
     colors = cv2.applyColorMap(indices, np.array(table)[:, None])  # keeps the order of the channels in the table
     photograph = np.ascontiguousarray(pictures).reshape(colors.shape)
@@ -209,7 +216,7 @@ def contours(
     _check_pictures(pictures, tuple(heatmaps.shape))
     drawn: Pixels = np.array(pictures, order="C")
     height, width = pictures.shape[-3:-1]
-    indices = _indices(heatmaps).reshape(-1, height, width)
+    indices = _fetched(_indices(heatmaps)).reshape(-1, height, width)
     for picture, heat in zip(drawn.reshape(-1, height, width, 3), indices, strict=True):
         for level in levels:
             reached = np.asarray(heat >= round(255 * level), dtype=np.uint8)
@@ -269,13 +276,18 @@ def _without_contrast(groups: Tensor) -> Tensor:
     return high - low <= 4 * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
 
 
-def _indices(heatmaps: Tensor | npt.NDArray[Any]) -> Pixels:
+def _indices(heatmaps: Tensor | npt.NDArray[Any]) -> Tensor:
+    """Heat as uint8, on its device."""
     if isinstance(heatmaps, Tensor):
         heat = heatmaps.detach().to(torch.float32)
     else:
         heat = torch.from_numpy(np.array(heatmaps, dtype=np.float32, order="C"))
-    indices: Pixels = torch.nan_to_num(heat).mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
-    return indices
+    return torch.nan_to_num(heat).mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _fetched(painted: Tensor) -> Pixels:
+    fetched: Pixels = painted.cpu().numpy()
+    return fetched
 
 
 def _check_pictures(pictures: Pixels, heatmap_shape: tuple[int, ...]) -> None:
