@@ -34,8 +34,17 @@ from .diffmask_scenes import HEADER, joined, row
 from .measuring import machine_facts, markdown_table
 from .patch_masks_photographs import open_vit
 
-SETTINGS = DiffMaskSettings(steps=400, margin=0.2, agreement=0.85, warmup_steps=50, evaluate_every=40)
-"""1,000 classes and few steps: the constraint is looser than by default."""
+SETTINGS = DiffMaskSettings(
+    steps=800,
+    margin=0.2,
+    agreement=0.85,
+    warmup_steps=50,
+    evaluate_every=40,
+    shared_multiplier=True,
+    multiplier_start=10.0,
+    multiplier_limits=(1.0, 200.0),
+)
+"""1,000 classes and few steps: the constraint is looser than by default, and one multiplier moves at every step."""
 
 _BATCH = 16
 _CHOSEN_BY = 64  # photographs held back from training, by which the best gates are chosen

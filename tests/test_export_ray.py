@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from deadly import Deadly
 from exported import contents, export, pictures, prepared_by
 
-from vitexplain import VitExplainError
+from vitexplain import VitExplainError, open_export
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,3 +73,59 @@ def test_without_ray_it_says_what_to_install(images: Path, tmp_path: Path, monke
     monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "ray" else before(name))
     with pytest.raises(VitExplainError, match=r"needs ray.*pip install 'vitexplain\[ray\]'"):
         export(images, tmp_path, engine="ray")
+
+
+def _closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+    return port
+
+
+def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`vitexplain export` in a process of its own: this one has joined a cluster already."""
+    return subprocess.run(
+        [sys.executable, "-m", "vitexplain", "export", *map(str, arguments), "--batch-size", "2", "--engine", "ray"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_is_joined_by_its_address(images: Path, tmp_path: Path) -> None:
+    port = _closed_port()
+    address = f"127.0.0.1:{port}"
+    started = f"start --head --block --num-cpus=2 --port={port} --include-dashboard=false --disable-usage-stats"
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *started.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        for _ in range(120):
+            with socket.socket() as knocking:
+                if knocking.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert head.poll() is None, "the cluster did not start"
+            time.sleep(0.5)
+        photographs = sorted(images.glob("00*.png"))
+        done = _command(*photographs, "--methods", "rollout", "--output", tmp_path / "ray", "--ray-address", address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert head.poll() is None  # the cluster lives on
+    finally:
+        head.terminate()
+        head.wait(60)
+    local = export(photographs, tmp_path / "local", model="scenes", methods=("rollout",), batch_size=2)
+    joined = open_export(tmp_path / "ray")
+    assert joined.complete
+    np.testing.assert_allclose(joined.all_scores("rollout", 0), local.all_scores("rollout", 0), atol=1e-6)
+
+
+def test_a_cluster_that_is_not_there_is_an_error(images: Path, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{_closed_port()}"
+    done = _command(images / "000.png", "--output", tmp_path / "out", "--ray-address", address)
+    assert done.returncode == 2
+    assert "cannot be reached" in " ".join(done.stderr.split())
