@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def _closed_port() -> int:
     return port
 
 
+def _environment() -> dict[str, str]:
+    """Of processes that share a cluster by its address and a token."""
+    ours = {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**os.environ, **ours, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
+
+
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """`vitexplain export` in a process of its own: this one has joined a cluster already."""
     return subprocess.run(
@@ -89,7 +96,7 @@ def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=_environment(),
     )
 
 
@@ -102,7 +109,8 @@ def test_a_cluster_is_joined_by_its_address(images: Path, tmp_path: Path) -> Non
         [sys.executable, "-m", "ray.scripts.scripts", *started.split()],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=_environment(),
+        start_new_session=True,
     )
     try:
         for _ in range(120):
@@ -116,9 +124,9 @@ def test_a_cluster_is_joined_by_its_address(images: Path, tmp_path: Path) -> Non
         assert done.returncode == 0, done.stdout + done.stderr
         assert head.poll() is None  # the cluster lives on
     finally:
-        head.terminate()
-        head.wait(60)
-    local = export(photographs, tmp_path / "local", model="scenes", methods=("rollout",), batch_size=2)
+        os.killpg(head.pid, signal.SIGKILL)  # asked to stop, it would drain for half a minute
+        head.wait()
+    local = export(photographs, tmp_path / "local", model="scenes", methods=("rollout",), batch_size=2, shard_size=10)
     joined = open_export(tmp_path / "ray")
     assert joined.complete
     np.testing.assert_allclose(joined.all_scores("rollout", 0), local.all_scores("rollout", 0), atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from .pipeline import Pipeline, ShardTask
 from .shard import ShardResult
 
 _PAYLOAD = "payload"
+_PATIENCE = 10  # seconds
 
 
 def run_on_ray(
@@ -107,19 +109,31 @@ def _cluster(address: str | None) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         if started:
+            _knock(address)
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
             ray.init(address=address or "local", include_dashboard=False, logging_level=logging.WARNING)
         yield
-    except ConnectionError as error:
+    except OSError as error:
         raise VitExplainError(
-            f"the Ray cluster at {address!r} cannot be reached: {error}. Check --ray-address, or leave it out to use "
-            "this machine"
+            f"the Ray cluster at {address!r} cannot be reached: {error}. Check --ray-address (HOST:PORT), set "
+            "RAY_AUTH_MODE=token if the cluster asks for a token, or leave the address out to use this machine"
         ) from error
     finally:
         context.enable_progress_bars = bars
         logger.setLevel(level)
         if started:
             ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Tries the port of an address; Ray itself waits for minutes where nobody answers.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def _default_workers(on_gpu: bool) -> int:
