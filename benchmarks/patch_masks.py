@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 from vitexplain import (
+    Explainer,
     ExplanationWarning,
     UnsupportedModelError,
     get_explainer,
     list_methods,
     load_model,
-    method_info,
 )
 from vitexplain.data import Example, Examples, open_dataset
 from vitexplain.files import write_whole
@@ -52,9 +52,17 @@ FAITHFULNESS = ("insertion", "deletion")
 TRAINED = "pm, trained on masks"
 ONE, FIRST, SECOND = "the only object", "the first of two objects", "the second of two objects"
 
-_CHEAP = r"[12]F( \+ [12]B)?"
-_SLOW = {"attention_flow"}
-"""Methods that are slow behind their one pass."""
+FEWER: Mapping[str, Mapping[str, Any]] = {
+    "gradient_shap": {"samples": 8},
+    "integrated_gradients": {"steps": 8},
+    "kernel_shap": {"samples": 128},
+    "occlusion": {"stride": 2},
+    "rise": {"masks": 128},
+    "smoothgrad": {"samples": 8},
+    "tis": {"masks": 128},
+    "vit_cx": {"distance": 0.2},
+}
+"""What methods of many passes are told, to take fewer than by default."""
 
 
 def training_scenes(count: int, share: float, *, control: bool = False) -> tuple[Examples, list[Example]]:
@@ -123,11 +131,14 @@ def is_right(model: LoadedModel, examples: Sequence[Example], batch_size: int = 
 
 
 def measured(
-    model: LoadedModel, examples: Sequence[Example], methods: Sequence[str], metrics: Sequence[str]
+    model: LoadedModel,
+    examples: Sequence[Example],
+    methods: Sequence[str] | Mapping[str, Explainer],
+    metrics: Sequence[str],
 ) -> Evaluation:
     """Methods on one model, explaining the label of each scene."""
     return evaluate(
-        list(methods),
+        methods,
         model.preprocessing([example.image for example in examples]),
         list(metrics),
         model=model,
@@ -142,16 +153,17 @@ def _known(annotation: np.ndarray | None) -> np.ndarray:
     return annotation
 
 
-def cheap_methods(model: LoadedModel) -> list[str]:
-    """All methods of the registry that need no training and at most two passes, and work on a model."""
+def rivals(model: LoadedModel) -> dict[str, Explainer]:
+    """All methods of the registry that need no training and work on a model, with their options in their labels."""
     blank = model.preprocessing([Image.new("RGB", model.preprocessing.size)])
-    found = []
+    found = {}
     for name in list_methods(trainable=False):
-        if name not in _SLOW and re.fullmatch(_CHEAP, method_info(name).passes):
-            with suppress(UnsupportedModelError), warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExplanationWarning)  # a blank picture has flat maps
-                get_explainer(name, model)(blank)
-                found.append(name)
+        options = FEWER.get(name, {})
+        with suppress(UnsupportedModelError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExplanationWarning)  # a blank picture has flat maps
+            explainer = get_explainer(name, model, **options)
+            explainer(blank)
+            found[", ".join([name, *(f"{option}={value}" for option, value in options.items())])] = explainer
     return found
 
 
@@ -211,7 +223,7 @@ def report(
     two = list(open_dataset("scenes", split="test", count=compared // 2, objects=2))
     shown = {ONE: scenes[:compared], FIRST: two[::2], SECOND: two[1::2]}
     asked = {ONE: LOCALISATION, FIRST: LOCALISATION[:1], SECOND: LOCALISATION[:1]}
-    methods = cheap_methods(shipped)
+    methods = rivals(shipped)
     found = {
         where: with_trained(
             measured(shipped, shown[where], methods, asked[where]),
