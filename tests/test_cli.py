@@ -101,6 +101,11 @@ class TestExplain:
         assert entry["method"] == "contributions"
         assert entry["label"] == LABELS[entry["class"]]
 
+    def test_an_option_without_a_method_is_of_the_default_method(self, folder: Path, tmp_path: Path) -> None:
+        assert explain(folder, "--option", "sharpness=1", "--output", tmp_path).exit_code == 0
+        (entry,) = json.loads((tmp_path / "a.json").read_text())["maps"]
+        assert (entry["method"], entry["options"]["sharpness"]) == ("contributions", 1)
+
     def test_folders_patterns_and_a_broken_file(self, folder: Path, tmp_path: Path) -> None:
         result = explain(folder, folder / "*.png", folder / "photos", folder / "b.jpg", "--output", tmp_path)
         assert result.exit_code == 1

@@ -411,6 +411,19 @@ class TestCommand:
         assert printed.count("| tokentm |") == 2
         assert str(tmp_path / "out.png") in printed
 
+    def test_prepares_pictures_as_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Any) -> None:
+        pictures[0].resize((300, 200)).save(tmp_path / "a.png")
+        seen: list[Comparison] = []
+        monkeypatch.setattr(Comparison, "save", lambda self, *_, **__: seen.append(self))
+        prepared = ["crop_mode=squash", "mean=[0.4, 0.5, 0.6]"]
+        for words in ([], prepared):
+            compare_command([str(tmp_path / "a.png")], "rollout", preprocessing=words, output=tmp_path / "out.png")
+        usual, told = (each.subjects["scenes"].preprocessing for each in seen)
+        assert usual is not None
+        assert told is not None
+        assert (told.crop_mode, told.mean, told.std) == ("squash", (0.4, 0.5, 0.6), usual.std)
+        assert usual.crop_mode != "squash"
+
     def test_explains_classes_against_another(
         self, tmp_path: Path, pictures: list[Any], capsys: pytest.CaptureFixture[str]
     ) -> None:

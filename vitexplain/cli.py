@@ -157,7 +157,7 @@ def explain(
 
     Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
-    from .automatic import NAME, automatic
+    from .automatic import automatic
     from .cli_values import configure_methods, read_numbers, read_size
     from .explain_files import explain_to_folder
     from .images import find_images
@@ -172,11 +172,10 @@ def explain(
         "crop_mode": crop_mode,
     }
     preprocessing = {name: value for name, value in asked.items() if value is not None}
-    methods = configure_methods(method or [NAME], option or [])
+    methods = configure_methods(method, option or []) if method else None
     files = find_images(images)
     loaded = load_model(model, checkpoint=checkpoint, labels=labels, preprocessing=preprocessing, device=device)
-    if not (method or option):
-        methods = [automatic(loaded.subject)]
+    methods = methods or configure_methods([automatic(loaded.subject).info.name], option or [])
     targets = [loaded.class_index(each) for each in target or ()]
     done, failures = explain_to_folder(
         files,

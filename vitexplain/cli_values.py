@@ -57,6 +57,18 @@ def _value(text: str, option: OptionInfo) -> bool | int | float | str:
     return text
 
 
+def read_preprocessing(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings of `vitexplain.preprocessing.Preprocessing` from ``NAME=VALUE``, the values as YAML reads them.
+
+    Raises:
+        OptionError: a text without ``=``, or a value that is no YAML.
+    """
+    from .bench.command import read_settings
+
+    settings = read_settings("--preprocessing", texts) if texts else {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def read_size(text: str | None) -> tuple[Any, ...] | None:
     """Height and width, from ``224x160`` or ``224``; None stays None.
 

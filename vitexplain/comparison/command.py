@@ -44,6 +44,10 @@ def compare_command(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, where there is one model.")] = None,
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, where there is one model.")] = None,
+    preprocessing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of every model, such as crop_mode=squash; may be repeated."),
+    ] = None,
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="What to write: .html a report, .png or .pdf a picture.")
     ] = Path("vitexplain-compare/report.html"),
@@ -71,14 +75,15 @@ def compare_command(
         raise OptionError("found --against without --targets, expected the classes that are explained against it")
     if len(names) > 1 and (checkpoint or labels):
         raise OptionError(f"found --checkpoint or --labels with {len(names)} models, expected one model")
-    from ..cli_values import configure_methods
+    from ..cli_values import configure_methods, read_preprocessing
     from ..images import find_images
     from ..models.loading import load_model
     from .run import compare
 
     chosen = configure_methods(_listed(methods), option or [])
     files = find_images(images)
-    models = [load_model(name, checkpoint=checkpoint, labels=labels, device=device) for name in names]
+    common: dict[str, Any] = {"preprocessing": read_preprocessing(preprocessing or []), "device": device}
+    models = [load_model(name, checkpoint=checkpoint, labels=labels, **common) for name in names]
     classes: Any = None if targets is None else _listed(targets)
     if against is not None:
         classes = (classes, [against] * len(classes))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -87,13 +86,17 @@ def export_command(
 
     Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
-    from ..cli_values import configure_methods
+    from ..cli_values import configure_methods, read_preprocessing
     from ..models.loading import load_model
     from .run import export_heatmaps
     from .tables import TableColumns
 
     loaded = load_model(
-        model, checkpoint=checkpoint, labels=labels, preprocessing=_preprocessing(preprocessing or []), device=device
+        model,
+        checkpoint=checkpoint,
+        labels=labels,
+        preprocessing=read_preprocessing(preprocessing or []),
+        device=device,
     )
     result = export_heatmaps(
         inputs,
@@ -123,13 +126,6 @@ def export_command(
     if failed:
         typer.echo(f"{failed} failed: see the column 'error' of the table in {output / 'rows'}")
         raise typer.Exit(_SOME_IMAGES_FAILED)
-
-
-def _preprocessing(texts: Sequence[str]) -> dict[str, Any]:
-    from ..bench.command import read_settings
-
-    settings = read_settings("--preprocessing", texts) if texts else {}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _absolute(root: str | None) -> str | None:
