@@ -9,15 +9,17 @@ from torch import nn
 from .automatic import NAME, automatic
 from .explainer import Explainer, Subject
 from .models.adapter import ModelAdapter
-from .models.graphs import refuse_graphs
+from .models.graphs import opened
 from .registry import create_method, squash
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from .models.loading import LoadedModel
 
 
 def get_explainer(
-    name: str, model: nn.Module | ModelAdapter | LoadedModel | Subject | str, **options: Any
+    name: str, model: nn.Module | ExportedProgram | ModelAdapter | LoadedModel | Subject | str, **options: Any
 ) -> Explainer:
     """An explainer: one method, with its options, on one model.
 
@@ -30,7 +32,8 @@ def get_explainer(
         name: a method of `list_methods()`; hyphens, capitals and usual aliases are forgiven. ``"auto"`` is what this
             project takes to be the best at one forward and one backward: `contributions`, or `gradcam` for models
             without attention over all tokens.
-        model: a supported `torch.nn.Module`, what `load_model` returned, or a name that `load_model` takes.
+        model: a supported `torch.nn.Module`, also under `torch.compile`, or one of `torch.export`; what `load_model`
+            returned, or a name that it takes.
         **options: the method's options, see `method_info(name).options`.
 
     Raises:
@@ -43,8 +46,8 @@ def get_explainer(
         from .models.loading import load_model
 
         model = load_model(model)
-    refuse_graphs(model)
-    subject = Subject.of(model) if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject
+    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(model)
+    subject = Subject.of(known) if isinstance(known, nn.Module | ModelAdapter | Subject) else known.subject
     return Explainer(automatic(subject) if squash(name) == NAME and not options else method, subject)
 
 

@@ -17,17 +17,19 @@ from ..errors import ExplanationWarning, OptionError, TargetError, UnsupportedMo
 from ..explainer import Subject, explain_with
 from ..method import Method
 from ..models.adapter import ModelAdapter
-from ..models.graphs import refuse_graphs
+from ..models.graphs import opened
 from ..registry import create_method
 from ..targets import ScoreFunction, Target
 from .comparison import Comparison
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from ..explainer import Images
     from ..explanation import Explanation
     from ..models.loading import LoadedModel
 
-    Model: TypeAlias = "nn.Module | ModelAdapter | Subject | LoadedModel | str"
+    Model: TypeAlias = "nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str"
     Class: TypeAlias = "int | str"
     Classes: TypeAlias = "Class | Sequence[Class] | Sequence[Sequence[Class]] | Tensor | np.ndarray"
     Targets: TypeAlias = "Classes | tuple[Classes, Classes] | ScoreFunction | None"
@@ -114,11 +116,11 @@ def _subject(given: Model) -> tuple[str, Subject]:
     """A model and the name it goes by."""
     if isinstance(given, str):
         given = load_model(given)
-    refuse_graphs(given)
-    if isinstance(given, nn.Module | ModelAdapter | Subject):
-        subject = Subject.of(given)
+    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(given)
+    if isinstance(known, nn.Module | ModelAdapter | Subject):
+        subject = Subject.of(known)
         return type(subject.adapter.model).__name__, subject
-    return given.name, given.subject
+    return known.name, known.subject
 
 
 def _methods(given: Sequence[str | Method] | Mapping[str, str | Method]) -> dict[str, Method]:

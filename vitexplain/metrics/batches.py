@@ -17,11 +17,14 @@ from ..explainer import Subject, explain_with
 from ..explanation import Explanation
 from ..method import Method
 from ..models.adapter import ModelAdapter
+from ..models.graphs import opened
 from ..targets import Target, check_length, select_target
 from .metric import MetricBatch
 from .predictor import Predictor
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from ..explainer import Images
     from ..models.loading import LoadedModel
 
@@ -134,11 +137,12 @@ def metric_batches(
             yield method, MetricBatch(explanation.scores, targets, inputs, predictor, explain=explain, **annotations)
 
 
-def subject_of(model: nn.Module | ModelAdapter | Subject | LoadedModel | str) -> Subject:
+def subject_of(model: nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str) -> Subject:
     """The subject of a model, of what `load_model` returned, or of a name that it takes."""
     if isinstance(model, str):
         model = load_model(model)
-    return Subject.of(model) if isinstance(model, nn.Module | ModelAdapter | Subject) else model.subject
+    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(model)
+    return Subject.of(known) if isinstance(known, nn.Module | ModelAdapter | Subject) else known.subject
 
 
 def explaining(method: Method, subject: Subject, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -107,7 +107,8 @@ class Evaluation:
         ]
         alone = {label for label in self.metrics if sum(label == each for each, _ in columns) == 1}
         heads = [
-            (label if label in alone or label == figure.name else f"{label} {figure.name}") + arrows[figure.higher_is_better]
+            (label if label in alone or label == figure.name else f"{label} {figure.name}")
+            + arrows[figure.higher_is_better]
             for label, figure in columns
         ]
         lines = [["method", *heads], ["---"] * (len(heads) + 1)]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from .adapter import BlockModules, ModelAdapter
-from .graphs import refuse_graphs
+from .graphs import is_exported, opened
+
+if TYPE_CHECKING:
+    from torch import fx
+    from torch.export import ExportedProgram
 
 __all__ = ["BlockModules", "ModelAdapter", "adapt", "unwrap"]
 
@@ -27,23 +31,27 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def adapt(model: nn.Module | ModelAdapter) -> ModelAdapter:
+def adapt(model: nn.Module | ModelAdapter | ExportedProgram) -> ModelAdapter:
     """Finds the adapter for a model by looking at what it is.
 
     Args:
-        model: a supported model, possibly compiled or wrapped; or an adapter, returned as it is.
+        model: a supported model, possibly compiled, exported or wrapped; or an adapter, returned as it is.
 
     Raises:
         UnsupportedModelError: no adapter fits, or what was passed is no model.
     """
     if isinstance(model, ModelAdapter):
         return model
-    refuse_graphs(model)
+    model = opened(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"found a {type(model).__name__}, expected a torch.nn.Module (vitexplain.load_model makes one from a name)"
         )
     module = unwrap(model)
+    if is_exported(module):
+        from .exported import adapt_exported
+
+        return adapt_exported(cast("fx.GraphModule", module))
     # a model of timm cannot exist before timm is imported, so the import costs nobody anything
     if "timm" in sys.modules:
         from .cait import CaitAdapter, is_cait

@@ -1,4 +1,4 @@
-"""Models that were turned into graphs: what can be explained of them, and what to pass instead."""
+"""Models that were turned into graphs: which can be explained, and what to pass instead of the others."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ from ..errors import UnsupportedModelError
 
 
 def refuse_graphs(model: Any) -> None:
-    """Refuses models whose blocks were dissolved into one graph of operations: there is nothing left to watch.
+    """Refuses TorchScript, whose blocks were dissolved into a graph that nothing can watch.
 
-    Modules under `torch.compile` still have their blocks, and pass; so do graphs of `torch.fx` that call modules.
+    Modules under `torch.compile` still have their blocks; those of exported graphs are made again.
 
     Raises:
-        UnsupportedModelError: an exported program or its module, or TorchScript.
+        UnsupportedModelError: TorchScript.
     """
-    found = _kind(model)
-    if found is not None:
+    if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
-            f"found {found}, expected the torch.nn.Module that it was made from: attention and token states are read "
-            "inside its blocks, which such a graph does not have. Pass the module itself; under torch.compile it may be"
+            "found a TorchScript module (torch.jit), expected the torch.nn.Module that it was made from: attention and "
+            "token states are read inside its blocks, which such a graph does not have. Pass the module itself, which "
+            "may be under torch.compile; or export it with torch.export"
         )
 
 
-def _kind(model: Any) -> str | None:
-    if isinstance(model, torch.export.ExportedProgram):
-        return "an exported program (torch.export)"
-    if isinstance(model, torch.jit.ScriptModule):
-        return "a TorchScript module (torch.jit)"
-    if isinstance(model, fx.GraphModule) and any(
-        isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
-    ):
-        return "the module of an exported program (torch.export)"
-    return None
+def opened(model: Any) -> Any:
+    """The module of an exported program; any other model as it is.
+
+    Raises:
+        UnsupportedModelError: TorchScript.
+    """
+    refuse_graphs(model)
+    return model.module() if isinstance(model, torch.export.ExportedProgram) else model
+
+
+def is_exported(module: Any) -> bool:
+    """Whether a module is that of an exported program: a graph of operators and no layers."""
+    return isinstance(module, fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+    )

@@ -1,0 +1,105 @@
+"""Adapter of graphs that cannot be looked into: the logits of images, and a patch grid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedModelError
+from .adapter import BlockModules
+from .unknown import UnknownModelAdapter
+
+if TYPE_CHECKING:
+    from ..record import Needs
+
+
+class BlackBoxAdapter(UnknownModelAdapter):
+    """A model that is only asked for logits and their gradient at the image.
+
+    Args:
+        model: called with images (B, channels, H, W), returns logits (B, C).
+        image_shape: what it takes (channels, H, W), in pixels.
+        grid: patches (h, w) that maps are made of; nothing in the model depends on them.
+        batch: the one number of images that it takes; others are cut, and filled up with images whose logits nobody
+            reads. None for a model that takes any.
+        reason: why nothing more is known of it.
+    """
+
+    num_prefix_tokens = 0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_shape: tuple[int, int, int],
+        grid: tuple[int, int],
+        *,
+        batch: int | None = None,
+        reason: str = "its blocks are not known",
+    ) -> None:
+        super().__init__(model, image_shape[1:])
+        self._channels, self._grid, self._batch, self._reason = image_shape[0], grid, batch, reason
+        self.blocks = (BlockModules(model, model),)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels that the model was exported with."""
+        return self._channels
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The patch grid (h, w).
+
+        Raises:
+            InputError: images of another size.
+        """
+        if tuple(image_size) != tuple(self._probe_size):
+            raise InputError(
+                f"found images of {image_size[0]}×{image_size[1]} pixels, expected {self._probe_size[0]}×"
+                f"{self._probe_size[1]}, the size that the model was exported with"
+            )
+        return self._grid
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C), of as many images at a time as the model takes."""
+        if self._batch is None:
+            return super().logits(images)
+        parts = []
+        for part in images.split(self._batch):  # type: ignore[no-untyped-call]
+            missing = self._batch - len(part)
+            filled = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
+            parts.append(super().logits(filled)[: len(part)])
+        return torch.cat(parts)
+
+    def check_needs(self, needs: Needs) -> None:
+        """Refuses everything but logits and the gradient at the image.
+
+        Raises:
+            UnsupportedModelError: something inside the model is asked for; names the methods that work.
+        """
+        super().check_needs(needs)
+        if _looks_inside(needs):
+            raise self._refusal()
+
+    def seed(self, num_tokens: int) -> Tensor:
+        """Refused: no tokens are seen."""
+        raise self._refusal()
+
+    def output_weight(self, block: int) -> Tensor:
+        """Refused: no attention is seen."""
+        raise self._refusal()
+
+    value_weight = output_weight
+
+    def _refusal(self) -> UnsupportedModelError:
+        from ..registry import create_method, list_methods
+
+        working = [name for name in list_methods() if not _looks_inside(create_method(name).needs)]
+        return UnsupportedModelError(
+            f"found an exported graph of which only the logits can be used: {self._reason}. Pass the torch.nn.Module "
+            f"that it was made from, or take a method that works on it: {', '.join(working)}"
+        )
+
+
+def _looks_inside(needs: Needs) -> bool:
+    return needs.any_attention or bool(needs.seen_states) or needs.backward is not None
