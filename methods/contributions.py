@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitexplain.attention import RowTile
 from vitexplain.capture import Capture
+from vitexplain.fused_rows import has_kernel
 from vitexplain.method import GradientMethod, Method
 from vitexplain.options import option
 from vitexplain.record import Needs
@@ -70,6 +71,7 @@ class Contributions(GradientMethod, Method):
         return _shares(both**self.sharpness) + self.surroundings * _shares(_neighbourhood(both))
 
 
+@has_kernel(sum_heads=True)
 def positive_contributions(tile: RowTile) -> Tensor:
     """(Σ_h G∘A)+ (B, T, N)."""
     return (tile.gradient * tile.attention).sum(1).clamp_(min=0)

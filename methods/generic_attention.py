@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vitexplain.attention import RowTile
+from vitexplain.fused_rows import has_kernel
 from vitexplain.method import GradientMethod, ResidualMethod
 from vitexplain.record import BlockRecord, Needs
 from vitexplain.registry import register_method
@@ -39,6 +40,7 @@ class GenericAttention(GradientMethod, ResidualMethod):
         return block.propagate(row, positive_gradient_attention).mean(1)
 
 
+@has_kernel(sum_heads=False)
 def positive_gradient_attention(tile: RowTile) -> Tensor:
     """(G∘A)+ (B, H, T, N); where attention is never negative, the same as (G)+ ∘ A."""
     return (tile.gradient * tile.attention).clamp_(min=0)

@@ -9,9 +9,10 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from .attention import Attention, RowTile, propagate, row_tiles, widen
+from .attention import Attention, RowTile, row_tiles, widen
 from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
+from .fused_rows import propagate_row
 from .fusion import Fusion
 from .layout import TokenLayout, Windows, hand_down
 from .models.adapter import BlockModules, ModelAdapter
@@ -271,8 +272,8 @@ class BlockRecord:
                 f"the head reads none of the tokens of block {self.index}; read a block that has them, such as the last"
             )
         if windows is None:
-            return propagate(received, self.operands, weigh, output_gradient=gradient)
-        return windows.merge(propagate(windows.split(received), self.operands, weigh, output_gradient=gradient))
+            return propagate_row(received, self.operands, weigh, output_gradient=gradient)
+        return windows.merge(propagate_row(windows.split(received), self.operands, weigh, output_gradient=gradient))
 
     @property
     def _gradient_or_none(self) -> Tensor | None:
