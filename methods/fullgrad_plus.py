@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from vitexplain.cancellation import check_left_over
 from vitexplain.capture import Capture
+from vitexplain.errors import UnsupportedModelError
 from vitexplain.method import GradientMethod
 from vitexplain.options import option
-from vitexplain.record import Needs
+from vitexplain.record import BlockRecord, Needs
 from vitexplain.registry import register_method
 
 
@@ -32,7 +34,8 @@ class FullGradPlus(GradientMethod):
     with x^l the tokens entering block l. FullGrad's bias terms, in which the image is seen through the gradient alone,
     are left out. In a last block that norms its input, patches score zero: nothing but the norm reads them, and it
     takes away what a token does to its own length. Where tokens are merged on the way up, a merged token's share is
-    divided equally among its parts. Scores (B, N) of the tokens that enter `start_layer`.
+    divided equally among its parts. Where the class token is handed past the patches (CaiT), what enters a block is
+    never seen as a whole, and the method is refused. Scores (B, N) of the tokens that enter `start_layer`.
     """
 
     start_layer: int = option(0, "first block that takes part, zero-based", minimum=0)
@@ -51,9 +54,11 @@ class FullGradPlus(GradientMethod):
         """Scores (B, N).
 
         Raises:
-            UnsupportedModelError: the sums of an image cancel on every patch.
+            UnsupportedModelError: the sums of an image cancel on every patch, or a block takes some of its tokens apart
+                from the others.
         """
         blocks = capture.meeting(self.needs).blocks[self.start_layer :]
+        _check_whole(blocks)
         scores = magnitudes = torch.zeros(())
         for block in reversed(blocks):
             terms = block.state("in") * block.state_gradient("in")
@@ -63,3 +68,15 @@ class FullGradPlus(GradientMethod):
         prefix = blocks[0].layout.prefix
         check_left_over(scores[:, prefix:], magnitudes[:, prefix:])
         return scores
+
+
+def _check_whole(blocks: Sequence[BlockRecord]) -> None:
+    """Refuses blocks whose input is not all of their tokens."""
+    for block in blocks:
+        found, expected = block.state("in").shape[1], block.layout.count
+        if found != expected:
+            raise UnsupportedModelError(
+                f"block {block.index} is given {found} of its {expected} tokens, and the others apart from them; "
+                "fullgrad_plus sums over blocks that are given all their tokens. Use input_x_gradient, which is the "
+                "same sum at the image alone, or contributions, generic_attention or gradcam"
+            )

@@ -32,8 +32,9 @@ class GradientShap(SampledAttribution):
     with p over pixels and channels of patch j and b the baseline image; ε is Gaussian. The expectation is a mean of
     `samples` draws, the same for every image, whatever the batch and the device; the gradients are captum's. A
     distribution of baselines would be images of the data that the model was trained on; there are none here, so b is
-    one image, and the method is integrated gradients by chance instead of by steps. One forward and one backward pass
-    a draw, besides the capture's forward. Scores (B, h, w).
+    one image, and the method is integrated gradients by chance instead of by steps. A balanced gradient takes the place
+    of the derivative at every point; like those of `integrated_gradients`, scores then sum to no difference of outputs.
+    One forward and one backward pass a draw, besides the capture's forward. Scores (B, h, w).
     """
 
     baseline: str = option("zeros", "where the path begins, in the model's normalised input", choices=BASELINES)

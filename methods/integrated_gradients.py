@@ -27,8 +27,10 @@ class IntegratedGradients(SampledAttribution):
     .. math:: m_j = \sum_{p \in j} (x_p - b_p) \int_0^1 \frac{\partial y}{\partial x_p}(b + t (x - b)) \, dt
 
     with p over pixels and channels of patch j and b the baseline image, in the model's normalised input. The integral
-    is a Gauss-Legendre sum of `steps` terms, so that all scores together approach y(x) - y(b). As many forward and
-    backward passes, besides the capture's forward. Scores (B, h, w).
+    is a Gauss-Legendre sum of `steps` terms, so that all scores together approach y(x) - y(b). A balanced gradient, in
+    the place of the derivative at every point, is the slope of a linear model that changes from point to point: then
+    the scores no longer sum to y(x) - y(b). As many forward and backward passes as steps, besides the capture's
+    forward. Scores (B, h, w).
     """
 
     baseline: str = option("zeros", "where the path begins, in the model's normalised input", choices=BASELINES)

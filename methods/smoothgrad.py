@@ -30,7 +30,8 @@ class SmoothGrad(SampledAttribution):
         \qquad \epsilon_i \sim \mathcal N\bigl(0, \sigma^2 (\max x - \min x)^2\bigr)
 
     with p over pixels and channels of patch j. Every image gets the same draws, from `seed`, whatever the batch and the
-    device. One forward and one backward pass a copy, besides the capture's forward. Scores (B, h, w).
+    device. A balanced gradient takes the place of the derivative at every copy. One forward and one backward pass a
+    copy, besides the capture's forward. Scores (B, h, w).
     """
 
     reduction: str = option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,10 @@ OTHER_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gmar": [{"norm": "l2", "start_layer": 1}],
     "gradcam": [{"layer": 0, "relu": False}],
     "gradient_rollout": [{"discard_ratio": 0.5, "normalisation": "column"}],
+    "gradient_shap": [{"baseline": "image_mean", "reduction": "mean_abs", "samples": 3}],
     "input_x_gradient": [{"reduction": "mean_abs"}],
+    "integrated_gradients": [{"baseline": "blur", "batch_size": 2, "steps": 3}],
+    "smoothgrad": [{"reduction": "sum", "samples": 3, "seed": 1}],
     "tokentm": [{"transformation": "residual", "start_layer": 1}],
 }
 """Options with which a method reads something else of the capture."""
@@ -69,8 +73,8 @@ def explain(model: nn.Module, images: Tensor, method: str, target: Any = 4, **op
 def test_the_shelf_can_follow_balanced_gradients() -> None:
     assert {
         *("agcam", "attcat", "attention_gradcam", "beyond_intuition", "fullgrad_plus", "generic_attention", "gmar"),
-        *("gradcam", "gradcam_plus_plus", "gradient_rollout", "hirescam", "input_x_gradient", "layercam", "saliency"),
-        *("tokentm", "transition_attention"),
+        *("gradcam", "gradcam_plus_plus", "gradient_rollout", "gradient_shap", "hirescam", "input_x_gradient"),
+        *("integrated_gradients", "layercam", "saliency", "smoothgrad", "tokentm", "transition_attention"),
     } <= set(CHOOSING)
 
 
@@ -139,15 +143,15 @@ def test_in_a_linear_model_it_is_the_plain_gradient(name: str) -> None:
 
 
 class ConstantScale(nn.Module):
-    """LayerNorm by hand, its denominator detached."""
+    """LayerNorm by hand, its denominator detached; what looks for a model's norms finds this one and no other."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.norm = norm
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        deviation = (x.var(-1, unbiased=False, keepdim=True) + self.norm.eps).sqrt().detach()
-        return (x - x.mean(-1, keepdim=True)) / deviation * self.norm.weight + self.norm.bias
+        deviation = (x.var(-1, unbiased=False, keepdim=True) + self.eps).sqrt().detach()
+        return (x - x.mean(-1, keepdim=True)) / deviation * self.weight + self.bias
 
 
 class ConstantGate(nn.Module):
@@ -347,6 +351,70 @@ def test_beside_plain_gradients_maps_are_the_same(name: str, kind: str) -> None:
     for gradient in ("plain", "balanced"):
         alone = explain(model, images, name, TARGETS[kind], gradient=gradient)
         torch.testing.assert_close(_beside_plain_ones(kind)[name, gradient], alone, rtol=1e-4, atol=1e-6)
+
+
+READING = [name for name in CHOOSING if method_info(name).passes == "1F + 1B" and create_method(name).needs.gradient]
+"""Methods that read the capture's own gradient, and no other."""
+
+
+@pytest.mark.parametrize("target", [4, TARGETS["classes"]], ids=["one", "two"])
+@pytest.mark.parametrize(("gradients", "captures"), [(["plain"], 1), (["balanced"], 1), (["plain", "balanced"], 2)])
+def test_methods_with_the_same_rules_share_passes(
+    gradients: list[str], captures: int, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images, ran = make_model("cls"), make_images("cls"), []
+    gradient = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **named: ran.append("B") or gradient(*args, **named))
+    scores_together(model, images, target, [("saliency", "plain")])  # finding out how a model works takes passes too
+    model.register_forward_pre_hook(lambda *_: ran.append("F"))
+    ran.clear()
+    scores_together(model, images, target, [(name, each) for name in READING for each in gradients])
+    assert len(READING) > 10
+    assert (ran.count("F"), ran.count("B")) == (captures, captures * (1 if target == 4 else 2))
+
+
+def test_rules_of_all_kinds_go_together_in_any_order() -> None:
+    model, images, forwards = make_model("registers"), make_images("registers"), 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    methods = [
+        create_method("fullgrad_plus", gradient="balanced", start_layer=2),
+        create_method("full_lrp"),
+        create_method("rollout"),
+        create_method("tokentm", gradient="balanced"),
+        create_method("gradcam", layer=1),
+        create_method("partial_lrp", rules="normalised"),
+        create_method("saliency", gradient="balanced"),
+        create_method("attnlrp"),
+    ]
+    alone = [explain_with([each], Subject.of(model), images, TARGETS["classes"])[0] for each in methods]
+    handle = model.register_forward_pre_hook(count)
+    together = explain_with(methods, Subject.of(model), images, TARGETS["classes"])
+    handle.remove()
+    kinds = {each.needs.backward for each in methods}
+    assert forwards == len(kinds) < len(methods)
+    for method, ours, theirs in zip(methods, together, alone, strict=True):
+        assert ours.method == method.info.name
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-6)
+        assert torch.equal(ours.logits, together[0].logits)
+
+
+def test_the_capture_of_one_kind_is_gone_before_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures: list[weakref.ref[Capture]] = []
+    forward = Capture.forward
+
+    def watched(capture: Capture, images: Tensor) -> Tensor:
+        assert all(each() is None for each in captures)
+        captures.append(weakref.ref(capture))
+        return forward(capture, images)
+
+    monkeypatch.setattr(Capture, "forward", watched)
+    asked = [(name, gradient) for gradient in ("plain", "balanced") for name in ("tokentm", "gradcam", "saliency")]
+    scores_together(make_model("cls"), make_images("cls"), TARGETS["classes"], asked)
+    assert len(captures) == 2
 
 
 @pytest.mark.parametrize("name", CHOOSING)

@@ -15,6 +15,8 @@ import torch
 from families import all_families, make_images, make_model
 from golden_maps import check, compare
 from references import Trace
+from test_contract import assert_same_state, state_of
+from test_tiers import BUILD, randomised
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
@@ -184,6 +186,19 @@ def test_fullgrad_plus_shares_out_what_merged_tokens_got() -> None:
     explanation = get_explainer("fullgrad_plus", model)(images.detach(), 3)
     torch.testing.assert_close(explanation.scores.flatten(1), expected)
     assert explanation.approximate
+
+
+@pytest.mark.parametrize("gradient", ["plain", "balanced"])
+@pytest.mark.parametrize("start_layer", [0, 3, 4])
+def test_fullgrad_plus_refuses_a_class_token_that_passes_the_patches_by(start_layer: int, gradient: str) -> None:
+    """What enters CaiT's blocks of class attention is the patches; scores of all tokens are not to be had."""
+    model, images = randomised(BUILD["cait"]()), make_images("cls")
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=r"given 24 of its 25 tokens.*Use input_x_gradient.*gradcam"):
+        get_explainer("fullgrad_plus", model, start_layer=start_layer, gradient=gradient)(images, 1)
+    assert_same_state(before, state_of(model))
+    for name in ("input_x_gradient", "contributions", "generic_attention", "gradcam"):
+        assert get_explainer(name, model, gradient=gradient)(images, 1).scores.std() > 0
 
 
 def test_cams_work_on_feature_maps_alone() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import SIZE, make_images, make_model
 from lighter import passes_claimed
+from test_balanced import with_constants
 from test_contract import assert_same_state, disturb, state_of
 from test_tiers import BUILD, pyramid, randomised
 from timm.models.vision_transformer import VisionTransformer
@@ -153,28 +154,58 @@ def plain(name: str, model: nn.Module, image: Tensor, target: int) -> Tensor:
     raise AssertionError(name)
 
 
-@pytest.mark.peers
-@pytest.mark.parametrize("name", ["saliency", "input_x_gradient", *SAMPLED, "occlusion", "feature_ablation"])
-def test_scores_are_captums(name: str) -> None:
-    model, images, options = make_model("cls"), make_images("cls"), dict(FEW.get(name, {}))
-    if "seed" in {each.name for each in method_info(name).options}:
-        options["seed"] = 5
-    scores = get_explainer(name, model, **options)(images, [3, 1]).scores
+def captums_scores(name: str, model: nn.Module, images: Tensor, targets: list[int]) -> Tensor:
+    """Scores (B, h, w) of captum's attributions of the images one by one."""
     with torch.random.fork_rng(devices=[]):
         state = np.random.get_state()
         pixels = torch.cat(
             [
                 plain(name, model, image[None].requires_grad_(), target)
-                for image, target in zip(images, [3, 1], strict=True)
+                for image, target in zip(images, targets, strict=True)
             ]
         ).detach()
         np.random.set_state(state)
     if name in ABLATIONS:
-        expected = cut(pixels, (4, 6)) / (3 * 8 * 8)
-    else:
-        unsigned = name in ("saliency", "smoothgrad")
-        expected = cut(pixels.abs(), (4, 6)) / (3 * 8 * 8) if unsigned else cut(pixels, (4, 6))
+        return cut(pixels, (4, 6)) / (3 * 8 * 8)
+    unsigned = name in ("saliency", "smoothgrad")
+    return cut(pixels.abs(), (4, 6)) / (3 * 8 * 8) if unsigned else cut(pixels, (4, 6))
+
+
+def as_captum(name: str) -> dict[str, Any]:
+    """Options with which a method draws what `plain` draws."""
+    seeded = "seed" in {each.name for each in method_info(name).options}
+    return {**FEW.get(name, {}), **({"seed": 5} if seeded else {})}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["saliency", "input_x_gradient", *SAMPLED, "occlusion", "feature_ablation"])
+def test_scores_are_captums(name: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    scores = get_explainer(name, model, **as_captum(name))(images, [3, 1]).scores
+    expected = captums_scores(name, model, images, [3, 1])
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_balanced_scores_are_captums_on_a_model_rewritten_with_constants(name: str) -> None:
+    """At each changed copy denominators, gates and attention are that copy's own."""
+    model, images = make_model("cls").double(), make_images("cls").double()
+    disturb(model)
+    before = state_of(model)
+    options = as_captum(name)
+    scores = get_explainer(name, model, gradient="balanced", **options)(images, [3, 1]).scores
+    assert_same_state(before, state_of(model))
+    expected = captums_scores(name, with_constants(model.eval()), images, [3, 1])
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-8 * scale)
+    assert (get_explainer(name, model, **options)(images, [3, 1]).scores - scores).abs().max() > 0.05 * scale
+
+
+def test_integrated_balanced_gradients_are_not_complete() -> None:
+    model, images = make_model("cls").double(), make_images("cls").double()
+    scores = get_explainer("integrated_gradients", model, steps=200, gradient="balanced")(images, 3).scores
+    difference = (model(images) - model(torch.zeros_like(images)))[:, 3].detach()
+    assert ((scores.sum((1, 2)) - difference).abs() > 0.1 * difference.abs()).all()
 
 
 def shapley(value: Callable[[frozenset[int]], float], count: int) -> list[float]:
@@ -270,10 +301,16 @@ def test_batch_size_changes_nothing(name: str) -> None:
     torch.testing.assert_close(torch.cat(alone), scores, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*SAMPLED, *ABLATIONS])
-def test_scores_of_a_contrast_are_the_difference_of_those_of_its_classes(name: str) -> None:
-    options = {**FEW.get(name, {}), **({"reduction": "sum"} if name in SAMPLED else {})}
-    explainer, images = get_explainer(name, make_model("cls"), **options), make_images("cls")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *((name, {"reduction": "sum"}) for name in SAMPLED),
+        *((name, {"reduction": "sum", "gradient": "balanced"}) for name in SAMPLED),
+        *((name, {}) for name in ABLATIONS),
+    ],
+)
+def test_scores_of_a_contrast_are_the_difference_of_those_of_its_classes(name: str, more: dict[str, Any]) -> None:
+    explainer, images = get_explainer(name, make_model("cls"), **FEW.get(name, {}), **more), make_images("cls")
     ours, theirs = (explainer(images, each).scores for each in ([3, 1], [2, 4]))
     found = explainer(images, ([3, 1], [2, 4])).scores
     torch.testing.assert_close(found, ours - theirs, rtol=1e-3, atol=1e-5)
@@ -308,6 +345,10 @@ def test_any_model_of_images_is_explained(name: str) -> None:
     assert explanation.scores.shape == (1, 2, 3)
     assert explanation.scores.std() > 0
     assert explanation.approximate is None
+    if name in SAMPLED:
+        balanced = get_explainer(name, model, gradient="balanced", **options)(images, 1)
+        assert balanced.scores.isfinite().all()
+        assert (balanced.scores - explanation.scores).abs().max() > 1e-3 * explanation.scores.abs().max()
 
 
 @pytest.mark.parametrize("name", [*SAMPLED, *ABLATIONS])

@@ -9,17 +9,26 @@ import torch
 from torch import Tensor
 
 from .capture import Capture
-from .method import Method
+from .method import GradientMethod, Method
 from .options import option
 from .pixel_attribution import PixelAttribution
+from .record import Needs
 from .target_response import BASELINES, OUTPUTS, ImageResponse, TargetResponse
 
 
 @dataclass(frozen=True)
-class SampledAttribution(PixelAttribution):
-    """Base of methods that average gradients at several changed copies of each image, through captum."""
+class SampledAttribution(GradientMethod, PixelAttribution):
+    """Base of methods that average gradients at several changed copies of each image, through captum.
+
+    Balanced gradients are those of each copy's own forward, with the scales, gates and attention of that copy.
+    """
 
     batch_size: int = option(64, "images in one forward and backward pass; on the CPU never more than 8", minimum=1)
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing of the blocks; the rules of the backward pass are those of the copies, and not of the capture."""
+        return Needs()
 
     @abstractmethod
     def image_pixels(self, one: ImageResponse) -> Tensor:
@@ -30,8 +39,9 @@ class SampledAttribution(PixelAttribution):
 
         Raises:
             TargetError: the target is a function of the logits without a gradient.
+            UnsupportedModelError: the gradient is to be balanced, and the model computes something without a rule.
         """
-        response = TargetResponse.of(capture, self.info.name, batch_size=self.batch_size)
+        response = TargetResponse.of(capture, self.info.name, batch_size=self.batch_size, backward=self.backward)
         return torch.cat([self.image_pixels(each).detach() for each in response.each()])
 
 

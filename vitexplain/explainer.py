@@ -1,4 +1,4 @@
-"""`Explainer`: check the input, capture once, attribute, hand out an `Explanation`."""
+"""`Explainer`: check the input, capture, attribute, hand out an `Explanation`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture
-from .errors import CaptureError, ExplanationWarning, InputError, OptionError, TargetError
+from .errors import ExplanationWarning, InputError, OptionError, TargetError
 from .explanation import Explanation
 from .method import Method
 from .models import adapt
 from .models.adapter import ModelAdapter
-from .targets import ExplainedScore, ResolvedTarget, Target, check_length, resolve_target, select_target
+from .shared_capture import Attributed, attribute_together
+from .targets import Target, check_length, select_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -176,10 +174,10 @@ def explain_with(
     *,
     batch_size: int | None = None,
 ) -> list[Explanation]:
-    """Several methods on the same images: one capture serves them all.
+    """Several methods on the same images: one capture serves all that follow the same gradient.
 
-    One forward a batch and one backward a target, whatever the number of methods. Arguments and errors as for
-    `Explainer.__call__`.
+    One forward a batch and one backward a target, whatever the number of methods; balanced gradients, and each kind of
+    relevance propagation, take as many beside the plain ones. Arguments and errors as for `Explainer.__call__`.
 
     Returns:
         One explanation a method, in their order.
@@ -217,59 +215,16 @@ def _explain_batch(
     methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target, start: int
 ) -> list[Explanation]:
     """Explains one batch, whose first image is number `start` of all."""
-    check_block = subject.adapter.check_block
-    needs = reduce(or_, (replace(each.needs, from_block=check_block(each.needs.from_block)) for each in methods))
-    scores: list[list[Tensor]] = [[] for _ in methods]
-    shares: list[list[Tensor]] = [[] for _ in methods]
-    with Capture(subject.adapter, needs) as capture:
-        logits = capture.forward(inputs)
-        resolved = resolve_target(target, logits)
-        for index in range(resolved.count):
-            capture.explained = ExplainedScore(resolved, index)
-            score = resolved.score(logits, index)
-            if needs.gradient:
-                capture.backward(score.sum(), retain_graph=index + 1 < resolved.count)
-            for method, maps, prefix in zip(methods, scores, shares, strict=True):
-                if maps and not method.info.class_specific:
-                    map_, share = maps[0], prefix[0]
-                else:
-                    # a caller's autocast must not take the attribution to half precision
-                    with torch.no_grad(), torch.autocast(capture.images.device.type, enabled=False):
-                        map_, share = _on_grid(method, method.attribute(capture), capture)
-                maps.append(map_)
-                prefix.append(share)
+    with torch.inference_mode(False):  # what a caller's makes could take part in no graph
+        attributed = attribute_together(methods, subject.adapter, inputs, target)
         return [
-            _explanation(method, subject, capture, resolved, torch.stack(maps, 1), torch.stack(prefix, 1), start)
-            for method, maps, prefix in zip(methods, scores, shares, strict=True)
+            _explanation(method, subject, attributed, scores, shares, start)
+            for method, (scores, shares) in zip(methods, attributed.maps, strict=True)
         ]
 
 
-def _on_grid(method: Method, relevance: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
-    """Patch scores (B, h, w), and the share (B,) of absolute relevance that the prefix tokens took."""
-    batch = len(capture.images)
-    share = relevance.new_zeros(batch)
-    for layout in dict.fromkeys(capture.layouts):
-        if relevance.shape == (batch, layout.count):
-            magnitude = relevance.abs()
-            share = magnitude[:, : layout.prefix].sum(1) / magnitude.sum(1).clamp(min=torch.finfo(relevance.dtype).tiny)
-            return relevance[:, layout.prefix :].reshape(batch, *layout.grid), share
-        if relevance.shape == (batch, *layout.grid):
-            return relevance, share
-    expected = " or ".join(
-        f"({batch}, {layout.count}) tokens or ({batch}, {layout.grid[0]}, {layout.grid[1]}) patches"
-        for layout in dict.fromkeys(capture.layouts)
-    )
-    raise CaptureError(f"{method.info.name} returned scores of shape {tuple(relevance.shape)}, expected {expected}")
-
-
 def _explanation(
-    method: Method,
-    subject: Subject,
-    capture: Capture,
-    target: ResolvedTarget,
-    scores: Tensor,
-    shares: Tensor,
-    start: int,
+    method: Method, subject: Subject, attributed: Attributed, scores: Tensor, shares: Tensor, start: int
 ) -> Explanation:
     flat = scores.flatten(2)
     constant = flat.amax(2) == flat.amin(2)
@@ -285,23 +240,24 @@ def _explanation(
             else "attention does not tell the patches apart"
         )
         _warn(f"{method.info.name} gave a constant map for images {_images(constant, start)}: {cause}")
+    target, images = attributed.target, attributed.images
     if target.single:
         scores, shares, constant = scores[:, 0], shares[:, 0], constant[:, 0]
     options: dict[str, Any] = method.options
     return Explanation(
         scores=scores,
         targets=target.explained_classes(),
-        logits=capture.logits,
+        logits=attributed.logits,
         method=method.info.name,
         options=options,
         grid=(scores.shape[-2], scores.shape[-1]),
-        image_size=(capture.images.shape[-2], capture.images.shape[-1]),
+        image_size=(images.shape[-2], images.shape[-1]),
         signed=method.signed,
         approximate=subject.adapter.approximate if method.follows_blocks else None,
         diagnostics={"prefix_share": shares, "constant": constant},
         preprocessing=subject.preprocessing,
         labels=subject.labels,
-        inputs=capture.images,
+        inputs=images,
     )
 
 

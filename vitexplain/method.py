@@ -80,7 +80,8 @@ class GradientMethod(Method):
     """Base of methods that follow a gradient, and can follow a balanced one instead.
 
     It stands first among the bases. A method's `needs` are made of ``super().needs``, which say by what rules the
-    backward pass goes, and what it reads comes from ``capture.meeting(self.needs)``.
+    backward pass goes, and what it reads comes from ``capture.meeting(self.needs)``. A method that asks for gradients
+    at changed images gives `backward` to its `TargetResponse`.
     """
 
     _: KW_ONLY  # options of methods keep their places, whatever they can be told of the gradient

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from .attention import widen
 from .capture import Capture
 from .errors import CaptureError, TargetError
+from .modified_backward import BackwardRules
 from .targets import ExplainedScore
 
 if TYPE_CHECKING:
@@ -36,15 +38,24 @@ class TargetResponse:
         explained: the score.
         output: what is read of a class, one of `OUTPUTS`.
         batch_size: images in one forward, where the device gains by it; see `forward_size`.
+        backward: the rules by which gradients go back to changed images; None for the derivative.
     """
 
     capture: Capture
     explained: ExplainedScore
     output: str = "logit"
     batch_size: int = 64
+    backward: BackwardRules | None = None
 
     @classmethod
-    def of(cls, capture: Capture, method: str, output: str = "logit", batch_size: int = 64) -> TargetResponse:
+    def of(
+        cls,
+        capture: Capture,
+        method: str,
+        output: str = "logit",
+        batch_size: int = 64,
+        backward: BackwardRules | None = None,
+    ) -> TargetResponse:
         """Takes the explained score from a capture.
 
         Args:
@@ -52,6 +63,7 @@ class TargetResponse:
             method: who asks, for the error.
             output: one of `OUTPUTS`.
             batch_size: images in one forward.
+            backward: the rules of the backward pass.
 
         Raises:
             CaptureError: nobody said what is explained.
@@ -61,7 +73,7 @@ class TargetResponse:
                 f"{method} asks the model again about the explained score, and was not told which it is: call it "
                 "through an Explainer, or set Capture.explained"
             )
-        return cls(capture, capture.explained, output, batch_size)
+        return cls(capture, capture.explained, output, batch_size, backward)
 
     @property
     def images(self) -> Tensor:
@@ -96,12 +108,15 @@ class TargetResponse:
             rows: (n,) int64, which of the captured images each was made of.
 
         Returns:
-            (n,) float32 or wider, differentiable by the images.
+            (n,) float32 or wider, differentiable by the images, by the response's rules of the backward pass.
 
         Raises:
             TargetError: the images ask for a gradient, and the target is a function that has none.
+            UnsupportedModelError: the model computes something that has no such rule.
         """
-        score = self.read(self.capture.adapter.logits(images.to(self.capture.images.dtype)), rows)
+        with self._rules(len(images)):
+            logits = self.capture.adapter.logits(images.to(self.capture.images.dtype))
+        score = self.read(logits, rows)
         if torch.is_grad_enabled() and images.requires_grad and not score.requires_grad:
             raise TargetError(
                 "the explained score carries no gradient: make it of the logits with differentiable operations, or "
@@ -114,6 +129,12 @@ class TargetResponse:
         probability = self.output == "probability"
         unchanged = widen(self.capture.logits)
         return self.explained.of_versions(widen(logits), rows, unchanged, probability=probability)
+
+    def _rules(self, batch: int) -> AbstractContextManager[Any]:
+        """What is entered around a forward of so many images."""
+        if self.backward is None:
+            return nullcontext()
+        return self.backward.watching(batch, self.capture.adapter.blocks[0].arrangement)
 
     @property
     def _predictor(self) -> Predictor:

@@ -1,0 +1,119 @@
+"""Methods that share a capture: those whose backward passes go by the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import chain
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from .capture import Capture
+from .errors import CaptureError
+from .method import Method
+from .models.adapter import ModelAdapter
+from .modified_backward import BackwardRules
+from .targets import ExplainedScore, ResolvedTarget, Target, resolve_target
+
+
+@dataclass(frozen=True, eq=False)
+class Attributed:
+    """One batch, and what methods make of it.
+
+    Attributes:
+        images: (B, channels, H, W) as the model took them.
+        logits: (B, C), detached.
+        target: K targets an image.
+        maps: of each method, scores (B, K, h, w) and the share (B, K) of absolute relevance that prefix tokens took.
+    """
+
+    images: Tensor
+    logits: Tensor
+    target: ResolvedTarget
+    maps: list[tuple[Tensor, Tensor]]
+
+
+def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target) -> Attributed:
+    """Scores of one batch by all methods.
+
+    One forward for each kind of backward rules among the methods, the derivative first, and for each target one
+    backward of each. The graph of one is gone before the next is made. Targets are read off the first forward.
+
+    Args:
+        methods: at least one.
+        adapter: of the borrowed model.
+        images: (B, channels, H, W).
+        target: of the batch, as a user passes it.
+
+    Raises:
+        VitExplainError: in one of its kinds; see `Explainer.__call__`.
+    """
+    groups = _by_backward(methods)
+    parts: list[Attributed] = []
+    for places in groups:
+        known: Target | ResolvedTarget = parts[0].target if parts else target
+        given = parts[0].images if parts else images
+        parts.append(_attribute([methods[place] for place in places], adapter, given, known))
+    maps = dict(zip(chain(*groups), chain(*(part.maps for part in parts)), strict=True))
+    return replace(parts[0], maps=[maps[place] for place in range(len(methods))])
+
+
+def _by_backward(methods: Sequence[Method]) -> list[list[int]]:
+    """The numbers of the methods that follow the same rules, those that follow none first."""
+    groups: dict[BackwardRules | None, list[int]] = {None: []}
+    for place, method in enumerate(methods):
+        groups.setdefault(method.needs.backward, []).append(place)
+    return [places for places in groups.values() if places]
+
+
+def _attribute(
+    methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target | ResolvedTarget
+) -> Attributed:
+    """Scores of one batch by methods with the same rules, from one capture of all that they need."""
+    needs = reduce(
+        or_, (replace(each.needs, from_block=adapter.check_block(each.needs.from_block)) for each in methods)
+    )
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in methods]
+    with Capture(adapter, needs) as capture:
+        logits = capture.forward(images)
+        resolved = target if isinstance(target, ResolvedTarget) else resolve_target(target, logits)
+        for index in range(resolved.count):
+            capture.explained = ExplainedScore(resolved, index)
+            score = resolved.score(logits, index)
+            if needs.gradient:
+                capture.backward(score.sum(), retain_graph=index + 1 < resolved.count)
+            for method, maps in zip(methods, found, strict=True):
+                same = maps and not method.info.class_specific
+                maps.append(maps[0] if same else _scores(method, capture))
+    stacked = [
+        (torch.stack(scores, 1), torch.stack(shares, 1))
+        for scores, shares in (zip(*maps, strict=True) for maps in found)
+    ]
+    return Attributed(capture.images, capture.logits, resolved, stacked)
+
+
+def _scores(method: Method, capture: Capture) -> tuple[Tensor, Tensor]:
+    """Patch scores (B, h, w), and the share (B,) of absolute relevance that the prefix tokens took."""
+    # a caller's autocast must not take the attribution to half precision
+    with torch.no_grad(), torch.autocast(capture.images.device.type, enabled=False):
+        return _on_grid(method, method.attribute(capture), capture)
+
+
+def _on_grid(method: Method, relevance: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
+    batch = len(capture.images)
+    share = relevance.new_zeros(batch)
+    for layout in dict.fromkeys(capture.layouts):
+        if relevance.shape == (batch, layout.count):
+            magnitude = relevance.abs()
+            share = magnitude[:, : layout.prefix].sum(1) / magnitude.sum(1).clamp(min=torch.finfo(relevance.dtype).tiny)
+            return relevance[:, layout.prefix :].reshape(batch, *layout.grid), share
+        if relevance.shape == (batch, *layout.grid):
+            return relevance, share
+    expected = " or ".join(
+        f"({batch}, {layout.count}) tokens or ({batch}, {layout.grid[0]}, {layout.grid[1]}) patches"
+        for layout in dict.fromkeys(capture.layouts)
+    )
+    raise CaptureError(f"{method.info.name} returned scores of shape {tuple(relevance.shape)}, expected {expected}")
