@@ -40,7 +40,7 @@ NOT_AT_IMPORT = {
 # Distributions whose import name is another.
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # Never required, only used where they are: with the user's own model, in a notebook, or brought by timm and captum.
-BORROWED = {"IPython", "pandas", "torchvision", "transformers"}
+BORROWED = {"IPython", "pandas", "torchvision", "transformers", "triton"}
 
 
 def setup_cfg() -> configparser.ConfigParser:
