@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from vitexplain.attention import widen
 from vitexplain.block_scores import RECORDED, score_blocks
 from vitexplain.capture import Capture
 from vitexplain.errors import UnsupportedModelError
-from vitexplain.method import Method
+from vitexplain.method import GradientMethod
 from vitexplain.models.token_head import TokenHead, token_head
 from vitexplain.options import option
 from vitexplain.record import Needs
@@ -29,7 +30,7 @@ from vitexplain.target_response import TargetResponse
     passes="1F + 1B",
 )
 @dataclass(frozen=True)
-class LeGrad(Method):
+class LeGrad(GradientMethod):
     r"""How attention in the last blocks moves what the classifier says of the output of each of them.
 
     .. math:: m_j = \sum_l \frac{1}{HN} \sum_{h,i} \Bigl(\frac{\partial y^l}{\partial A_{l,h,ij}}\Bigr)^+, \qquad
@@ -38,7 +39,7 @@ class LeGrad(Method):
     with :math:`x^l` the tokens that leave block l. No attention value enters, and no block is followed into another:
     the score of a block goes back through that block alone, from its captured input and attention on
     (`vitexplain.block_scores`): that is one token a block where a CLS head is read as it is, and little more than the
-    forward for all blocks together; with the mean of all tokens it is another forward and backward of those blocks. The
+    forward for all blocks together; with the mean of all tokens it is about what the forward of those blocks was. The
     released code pools all tokens by their mean, prefix and all, whatever the model's head reads; `pooling="head"`
     reads them as the head does, which is the paper's formula for a CLS head. Scores (B, N) >= 0.
     """
@@ -53,8 +54,8 @@ class LeGrad(Method):
 
     @property
     def needs(self) -> Needs:
-        """Input, attention and output of the blocks, of all where there may be fewer than `layers`."""
-        return replace(RECORDED, from_block=-1 if self.layers == 1 else 0)
+        """Input, attention and output of the blocks, of all where there may be fewer than `layers`, and no gradient."""
+        return replace(RECORDED, from_block=-1 if self.layers == 1 else 0, backward=self.backward)
 
     @property
     def follows_blocks(self) -> bool:
@@ -73,7 +74,7 @@ class LeGrad(Method):
         def score(tokens: Tensor) -> Tensor:
             return response.read(self._logits(head, tokens), everyone)
 
-        blocks = score_blocks(capture, self.layers, score, self._tokens_read(capture, head))
+        blocks = score_blocks(capture, self.layers, score, self._tokens_read(capture, head), self.backward)
         rows = []
         for block in blocks:
             uniform = capture.images.new_full((len(capture.images), block.layout.count), 1 / block.layout.count)
@@ -99,10 +100,11 @@ class LeGrad(Method):
                 f"found a block that puts out {tokens.shape[2]} features a token, expected the {width} that the head "
                 "takes: read fewer of the last blocks (layers=1), or use generic_attention"
             )
-        if self.pooling == "head":
-            logits = head.image_logits(tokens)
-        else:
-            logits = head.token_logits(tokens.mean(1, keepdim=True))[:, 0]
+        with nullcontext() if self.backward is None else self.backward.watching(len(tokens), "BND"):
+            if self.pooling == "head":
+                logits = head.image_logits(tokens)
+            else:
+                logits = head.token_logits(tokens.mean(1, keepdim=True))[:, 0]
         if not self.normalised:
             return logits
         return F.normalize(logits - _bias(head))

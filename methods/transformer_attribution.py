@@ -36,12 +36,12 @@ class TransformerAttribution(ResidualMethod):
     factors of a product, and a split between the summands of a residual sum that is normalised over the image; what
     is normed, activated or soft-maxed passes its relevance on. Biases take none. Scores (B, N) >= 0.
 
-    It costs a second forward in double precision. Relevance is divided by activations that cross zero, and a forward in
-    single precision does not know their sign: the released code, which stays in single precision, differs from
-    itself in double precision by a median of 3 % and at worst by the whole map, while maps of a float32 and a float64
-    model agree here. Weights rounded to bfloat16 are another model, with another map. Sums over an image go over that
-    image alone, where the released code takes one image at a time; its evaluation leaves the first block out
-    (`start_layer=1`).
+    It costs a second forward, in double precision, and three products a linear map going back. Relevance is divided by
+    activations that cross zero, and a forward in single precision does not know their sign: the released code, which
+    stays in single precision, differs from itself in double precision by a median of 3 % and at worst by the whole
+    map, while maps of a float32 and a float64 model agree here. Weights rounded to bfloat16 are another model, with
+    another map. Sums over an image go over that image alone, where the released code takes one image at a time; its
+    evaluation leaves the first block out (`start_layer=1`).
     """
 
     alpha: float = option(1.0, "weight of positive contributions to a linear map; 1 is the z⁺ rule", minimum=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitexplain import Capture, CaptureError, Needs, create_method, explain_with, get_explainer
 from vitexplain.attention import AttentionOperands
 from vitexplain.explainer import Subject
-from vitexplain.fusion import FUSE, FusedAttention, Fusion, attend, fuses_well
+from vitexplain.fusion import FUSE, FusedAttention, Fusion, attend, discard_lowest, fuses_well
 
 
 def operands(heads: int = 3, tokens: int = 7, width: int = 4, **options: Any) -> AttentionOperands:
@@ -87,3 +87,15 @@ def test_rollout_is_the_same_from_heads_fused_before_or_after(
     beside = explain_with(methods, Subject.of(model), images)[0]  # raw_attention keeps the heads apart
     torch.testing.assert_close(alone.scores, beside.scores, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(alone.logits, beside.logits)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.51, 0.9, 0.99])
+def test_what_is_discarded_is_no_larger_than_what_is_kept(ratio: float) -> None:
+    """Of few different values, so that the threshold falls among equal ones."""
+    fused = torch.randint(1, 9, (3, 10, 10), generator=torch.Generator().manual_seed(0)).float()
+    for before, after in zip(fused, discard_lowest(fused, ratio), strict=True):
+        kept = after != 0
+        assert (~kept).sum() == int(100 * ratio)
+        assert torch.equal(after[kept], before[kept])
+        if ratio > 0:
+            assert before[~kept].max() <= before[kept].min()

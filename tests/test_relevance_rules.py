@@ -36,6 +36,43 @@ def test_linear_rule_conserves(alpha: float) -> None:
     torch.testing.assert_close(shared.sum(-1), relevance.sum(-1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_linear_rule_is_that_of_each_contribution(alpha: float, known: bool, dtype: torch.dtype) -> None:
+    state, weight, relevance = random(2, 5, 7), random(11, 7, seed=1), random(2, 5, 11, seed=2)
+    state, weight = state.to(dtype).double(), weight.to(dtype).double()
+    parts = state[..., None, :] * weight
+    signs = parts.clamp(min=0), parts.clamp(max=0)
+    shares = [(each / each.sum(-1, keepdim=True)).nan_to_num(0) for each in signs]  # 0 / 0: nothing of nothing
+    expected = ((alpha * shares[0] - (alpha - 1) * shares[1]) * relevance[..., None]).sum(-2)
+    output = parts.sum(-1).to(dtype) if known else None
+    found = relevance_rules.linear_alpha_beta(state.to(dtype), weight.to(dtype), relevance, alpha, output)
+    assert found.dtype == torch.float64
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-4  # the stabiliser; a hundredth of seven digits
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def test_positive_contributions_that_a_float_loses_beside_the_negative_get_all() -> None:
+    state, weight = torch.tensor([[1.0, 1e-9]]), torch.tensor([[-1.0, 1.0], [1.0, 1.0]])
+    relevance = torch.tensor([[3.0, 0.0]]).double()
+    shared = relevance_rules.linear_alpha_beta(state, weight, relevance)
+    expected = torch.tensor([[0.0, 1.5]]).double()  # half goes to the stabiliser, which is as large
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=0)
+
+
+def test_relevance_of_any_magnitude_goes_through_single_precision() -> None:
+    state, weight = random(4, 7).float(), random(11, 7, seed=1).float()
+    relevance = random(4, 11, seed=2)
+    shared = relevance_rules.linear_alpha_beta(state, weight, relevance)
+    magnitudes = torch.tensor([[1e150], [0.0], [1e-150], [1.0]], dtype=torch.float64)
+    found = relevance_rules.linear_alpha_beta(state, weight, relevance * magnitudes)
+    assert not found[1].any()
+    rows = [0, 2, 3]
+    torch.testing.assert_close(found[rows] / magnitudes[rows], shared[rows], rtol=1e-4, atol=1e-5)
+    assert not relevance_rules.linear_alpha_beta(state, weight, 0 * relevance).any()
+
+
 def test_sums_by_hand() -> None:
     left, right = torch.tensor([[1.0, 6.0]]).double(), torch.tensor([[3.0, -3.0]]).double()
     relevance = torch.tensor([[4.0, 1.0]]).double()
@@ -80,7 +117,7 @@ def test_attention_in_tiles_is_two_products(tile_bytes: int, monkeypatch: pytest
     weights = (0.5 * q @ k.mT + bias).softmax(-1)
     of_weights, of_v = relevance_rules.product(torch.matmul, weights, v, relevance)
     of_q, of_k = relevance_rules.product(lambda a, b: a @ b.mT, q, k, of_weights)
-    found = relevance_rules.attention(AttentionOperands(q, k, v, 0.5, bias), relevance)
+    found = relevance_rules.attention(AttentionOperands(q, k, v, 0.5, bias), weights @ v, relevance)
     for ours, expected in zip(found, (of_q, of_k, of_v), strict=True):
         torch.testing.assert_close(ours, expected)
 

@@ -108,7 +108,14 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
 
 
 def discard_lowest(fused: Tensor, ratio: float) -> Tensor:
-    """A fused matrix (B, N, N) with the share `ratio` of each image's smallest entries set to 0."""
+    """A fused matrix (B, N, N) with the share `ratio` of each image's smallest entries set to 0.
+
+    int(ratio · N²) entries are left out; of equal ones at the threshold, any. The smaller side is the one chosen.
+    """
     flat = fused.flatten(1)
-    lowest = flat.topk(int(flat.shape[1] * ratio), dim=1, largest=False).indices
-    return flat.scatter(1, lowest, 0.0).view_as(fused)
+    out = int(flat.shape[1] * ratio)
+    if 2 * out <= flat.shape[1]:
+        lowest = flat.topk(out, dim=1, largest=False, sorted=False).indices
+        return flat.scatter(1, lowest, 0.0).view_as(fused)
+    kept = flat.topk(flat.shape[1] - out, dim=1, sorted=False)
+    return torch.zeros_like(flat).scatter_(1, kept.indices, kept.values).view_as(fused)

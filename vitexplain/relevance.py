@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import relevance_rules
@@ -13,6 +14,7 @@ from .attention import Attention, GivenAttention, Rows
 from .combination import DifferentialOperands
 from .errors import UnsupportedModelError
 from .layout import Arrangement
+from .models.adapter import first_weight
 from .modified_backward import BackwardRules
 from .relevance_pass import ALTERNATIVES, RelevancePass
 
@@ -47,6 +49,8 @@ class RelevanceRules(BackwardRules):
 class AttentionRelevance(Attention):
     """The relevance of attention in the place of attention itself: R (B, H, N, N), computed where it is read.
 
+    Nothing is divided here any more, so it is in the model's own precision, float32 or wider.
+
     Attributes:
         attention: A.
         unit: what a capture under `RelevanceRules` recorded as the gradient at A.
@@ -70,7 +74,10 @@ class AttentionRelevance(Attention):
                 f"block {block.index} subtracts one attention from another, and the relevance of the difference is not "
                 f"defined. {ALTERNATIVES}"
             )
-        return cls(attention, block.output_gradient, attention.v)
+        weight = first_weight(block.adapter.model)
+        precision = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
+        attention = _in_precision(attention, precision)
+        return cls(attention, block.output_gradient.to(precision), attention.v)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -92,3 +99,10 @@ class AttentionRelevance(Attention):
     def output(self, tracked: Tensor) -> Tensor:
         """A v."""
         return self.attention.output(tracked)
+
+
+def _in_precision(attention: Attention, precision: torch.dtype) -> Attention:
+    """The same attention with its tensors in a precision."""
+    held = {each.name: getattr(attention, each.name) for each in fields(attention)}  # type: ignore[arg-type]
+    tensors = {name: each for name, each in held.items() if isinstance(each, Tensor) and each.is_floating_point()}
+    return replace(attention, **{name: each.to(precision) for name, each in tensors.items()})  # type: ignore[type-var]

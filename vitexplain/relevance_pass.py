@@ -6,13 +6,13 @@ a rule is refused, so that no relevance comes of a rule that does not hold.
 
 Relevance is divided by activations that cross zero, and single precision cannot tell on which side they lie. The
 forward runs in double precision for it, where the device has it: parameters are widened as they are used, one at a
-time, and no copy of the model is held.
+time, and no copy of the model is held. The rules of linear maps, which divide by sums of one sign, are in the precision
+of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import relevance_rules
-from .attention import AttentionOperands
 from .double_precision import wide, widely, writes_in_place
 from .errors import UnsupportedModelError
 from .layout import Arrangement
@@ -138,22 +137,29 @@ class RelevancePass(ModifiedBackward):
         state, weight = given["input"], given["weight"]
         if on_graph(weight):
             raise _refused(func)
-        return with_pullback(lambda: widely(func, args, named), self._linear_pullback(state, weight), state)
+        return self._linear_map(state, weight, given.get("bias"))
 
-    def _linear_pullback(self, state: Tensor, weight: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
-        state = wide(state.detach())
+    def _linear_map(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x wᵀ + b in double precision; its rule is in that of the weight, since the signs of states are settled."""
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        with torch.no_grad():
+            output = F.linear(wide(state), wide(weight))
+            product = output.to(precision, copy=True)
+            output = output if bias is None else output.add_(bias)
+        held = state.detach().to(precision)
 
         def pullback(relevance: Tensor) -> tuple[Tensor]:
             if self._normalised:
-                return (relevance_rules.linear_alpha_beta(state, wide(weight), relevance, self._alpha),)
-            return (relevance_rules.linear_signs_apart(state, wide(weight), relevance),)
+                alpha_beta = relevance_rules.linear_alpha_beta
+                return (alpha_beta(held, weight.to(precision), relevance, self._alpha, product),)
+            return (relevance_rules.linear_signs_apart(held, weight.to(precision), relevance),)
 
-        return pullback
+        return with_pullback(lambda: output, pullback, state)
 
     def _matrix_product(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
         left, right = args
         if right.ndim == 2 and not on_graph(right):  # a linear map that is written as a product
-            return with_pullback(lambda: widely(func, args, named), self._linear_pullback(left, right.T), left)
+            return self._linear_map(left, right.T, None)
         return _product(func, wide(left), wide(right))
 
     def _add(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
@@ -179,7 +185,8 @@ class RelevancePass(ModifiedBackward):
         factor = alpha if func is torch.add else -alpha
 
         def pullback(relevance: Tensor) -> tuple[Tensor, Tensor]:
-            summand, other = (each.detach().expand_as(relevance) for each in (left, factor * right))
+            summand, other = (each.detach().expand_as(relevance) for each in (left, right))
+            other = other if factor == 1 else factor * other
             first, second = self._shared(summand, other, relevance)
             return first.sum_to_size(left.shape), second.sum_to_size(right.shape)
 
@@ -279,17 +286,13 @@ def _attention(func: Function, args: Sequence[Any], named: dict[str, Any]) -> Te
         raise _refused(func)
     operands = attention_operands(*args, **named)
 
+    with torch.no_grad():
+        output: Tensor = func(*args, **named)
+    held = output.detach()  # the output itself will hold on to the pullback
+
     def pullback(relevance: Tensor) -> tuple[Tensor, ...]:
         if relevance.ndim == 4:
-            return relevance_rules.attention(operands, relevance)
-        parts = relevance_rules.attention(_stacked(operands), relevance[None])
-        return tuple(part[0] for part in parts)
+            return relevance_rules.attention(operands, held, relevance)
+        return relevance_rules.attention_of_heads(operands, held, relevance)
 
-    return with_pullback(lambda: func(*args, **named), pullback, *states)
-
-
-def _stacked(operands: AttentionOperands) -> AttentionOperands:
-    """Operands (B·H, N, …) of single heads as those of one image."""
-    bias = operands.bias
-    bias = bias[None] if bias is not None and bias.ndim == 3 else bias
-    return replace(operands, q=operands.q[None], k=operands.k[None], v=operands.v[None], bias=bias)
+    return with_pullback(lambda: output, pullback, *states)

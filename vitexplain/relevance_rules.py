@@ -9,7 +9,9 @@ the normalised sum).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,43 +20,80 @@ from .attention import AttentionOperands, row_tiles
 from .modified_backward import with_transpose
 
 _STABILISER = 1e-9
+_FAR = 1e15  # so far from 1 single precision can square a number
+_CANCELLED = 1e-2  # what share of all sizes a total has to be, to be taken as a difference of two
 
 
 def share(relevance: Tensor, total: Tensor) -> Tensor:
-    """Relevance for each unit of a total, R / z; where z is 0 nothing is shared, and R is lost.
+    """Relevance for each unit of a total of the same shape, R / z; where z is 0 nothing is shared, and R is lost.
 
     The stabiliser 1e-9 is added to z whatever its sign, as in the released code of Chefer et al.
     """
     divisor = total + _STABILISER
-    return torch.where((total == 0) | (divisor == 0), 0.0, relevance / divisor)
+    divisor.masked_fill_((total == 0) | (divisor == 0), math.inf)
+    return relevance / divisor
 
 
-def linear_alpha_beta(state: Tensor, weight: Tensor, relevance: Tensor, alpha: float = 1.0) -> Tensor:
+def linear_alpha_beta(
+    state: Tensor, weight: Tensor, relevance: Tensor, alpha: float = 1.0, output: Tensor | None = None
+) -> Tensor:
     r"""The alpha-beta rule of a linear map, its bias left out; alpha = 1 is the z⁺ rule (Bach et al., eq. 60).
 
     .. math:: R_i = \sum_j \Bigl(\alpha \frac{(x_i w_{ji})^+}{\sum_k (x_k w_{jk})^+}
         - \beta \frac{(x_i w_{ji})^-}{\sum_k (x_k w_{jk})^-}\Bigr) R_j, \qquad \beta = \alpha - 1
 
     Args:
-        state: x (…, D).
-        weight: w (E, D).
-        relevance: R_j (…, E).
+        state: x (…, D), in the precision of the weight.
+        weight: w (E, D). Products are in its precision: each total is one of contributions of one sign.
+        relevance: R_j (…, E), of any precision.
         alpha: >= 1, how much of the relevance positive contributions take.
+        output: x wᵀ (…, E) in the precision of the weight, where it is known; saves one product of four.
 
     Returns:
-        R_i (…, D); its sum is that of `relevance`, up to outputs to which nothing contributes.
+        R_i (…, D), as wide as `relevance`; its sum is that of `relevance`, up to outputs to which nothing contributes.
     """
-    positive = _linear_share(state, weight.clamp(min=0), weight.clamp(max=0), relevance)
-    if alpha == 1:
-        return positive
-    return alpha * positive - (alpha - 1) * _linear_share(state, weight.clamp(max=0), weight.clamp(min=0), relevance)
+
+    def rule(relevance: Tensor, state: Tensor, output: Tensor) -> Tensor:
+        positive = _positive_share(state, weight, output, relevance)
+        if alpha == 1:
+            return positive
+        return alpha * positive - (alpha - 1) * _positive_share(-state, weight, -output, relevance)
+
+    return _by_rows(rule, relevance, state, state @ weight.T if output is None else output)
 
 
-def _linear_share(state: Tensor, above: Tensor, below: Tensor, relevance: Tensor) -> Tensor:
-    """What contributions x⁺ · above + x⁻ · below get."""
-    positive, negative = state.clamp(min=0), state.clamp(max=0)
-    unit = share(relevance, positive @ above.T + negative @ below.T)
-    return positive * (unit @ above) + negative * (unit @ below)
+def _positive_share(state: Tensor, weight: Tensor, output: Tensor, relevance: Tensor) -> Tensor:
+    """What positive contributions of states (T, D) get of the relevance (T, E); the z⁺ rule.
+
+    A positive part is the mean of a number and its size, and so are sums of them: Σ (xw)⁺ = (Σ xw + Σ |x||w|) / 2. That
+    is one product where the output is known, and where the positive contributions cancel in it, two others are exact.
+    """
+    state_size, weight_size = state.abs(), weight.abs()
+    sizes = state_size @ weight_size.T
+    if torch.add(output, sizes, alpha=1 - 2 * _CANCELLED).amin() >= 0:
+        unit = torch.div(relevance, sizes.add_(output).add_(2 * _STABILISER), out=sizes)  # half of R / Σ (xw)⁺
+        return state_size.mul_(unit @ weight_size).addcmul_(state, unit @ weight)
+    positive, negative, above, below = state.clamp(min=0), state.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
+    unit = share(relevance, (positive @ above.T).addmm_(negative, below.T))
+    return positive.mul_(unit @ above).addcmul_(negative, unit @ below)
+
+
+def _by_rows(rule: Callable[..., Tensor], relevance: Tensor, *states: Tensor) -> Tensor:
+    """A rule of a linear map, on the rows (T, …) of relevance and states where there is any relevance.
+
+    Relevance may be of any magnitude, and single precision is not: rows that are far from 1 are brought to length 1.
+    """
+    rows, kept = relevance.flatten(0, -2), [each.flatten(0, -2) for each in states]
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    some = length[:, 0].nonzero()[:, 0]
+    if len(some) == 0:
+        return rows.new_zeros(states[0].shape)
+    if len(some) < len(rows):
+        shared = _by_rows(rule, rows[some], *(each[some] for each in kept))
+        return rows.new_zeros(kept[0].shape).index_copy_(0, some, shared).view(states[0].shape)
+    if length.amin() > 1 / _FAR and length.amax() < _FAR:
+        return rule(rows.to(kept[0].dtype), *kept).to(rows.dtype).view(states[0].shape)
+    return rule((rows / length).to(kept[0].dtype), *kept).to(rows.dtype).mul_(length).view(states[0].shape)
 
 
 def linear_signs_apart(state: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
@@ -67,17 +106,19 @@ def linear_signs_apart(state: Tensor, weight: Tensor, relevance: Tensor) -> Tens
     `linear_alpha_beta`.
     """
     above, below = weight.clamp(min=0), weight.clamp(max=0)
-    positive, negative = state.clamp(min=0), state.clamp(max=0)
-    return positive * (share(relevance, positive @ above.T) @ above) + negative * (
-        share(relevance, negative @ below.T) @ below
-    )
+
+    def rule(relevance: Tensor, state: Tensor) -> Tensor:
+        positive, negative = state.clamp(min=0), state.clamp(max=0)
+        of_positive = share(relevance, positive @ above.T) @ above
+        return positive.mul_(of_positive).addcmul_(negative, share(relevance, negative @ below.T) @ below)
+
+    return _by_rows(rule, relevance, state)
 
 
 def addition(left: Tensor, right: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
     """The z rule of a sum: each summand gets its part of the total, entry by entry; all tensors of one shape."""
-    total = left + right
-    unit = share(_read(total, relevance), total)
-    return left * unit, right * unit
+    unit, _ = _units_of_sum(left + right, relevance)
+    return left * unit, unit.mul_(right)
 
 
 def normalised_addition(left: Tensor, right: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,24 +128,31 @@ def normalised_addition(left: Tensor, right: Tensor, relevance: Tensor) -> tuple
         \cdot \frac{\sum R}{\sum R^{(u)}}
 
     Args:
-        left: (G, …), one entry of the first axis an image, over whose axes the sums go.
+        left: (G, n), one row an image, over which the sums go; image by image, so that each stays in the cache.
         right: the same shape.
         relevance: the same shape.
     """
-    parts = addition(left, right, relevance)
-    axes = tuple(range(1, relevance.ndim))
-    sums = [part.sum(axes, keepdim=True) for part in parts]
-    magnitude = sums[0].abs() + sums[1].abs()
-    total = _read(left + right, relevance).sum(axes, keepdim=True)
-    first, second = (
-        part * share(share(each.abs(), magnitude) * total, each) for part, each in zip(parts, sums, strict=True)
-    )
+    first, second = torch.empty_like(relevance), torch.empty_like(relevance)
+    for image in range(len(relevance)):
+        summands = left[image], right[image]
+        unit, of_total = _units_of_sum(summands[0] + summands[1], relevance[image])
+        sums = [summand.dot(unit) for summand in summands]
+        magnitude = sums[0].abs() + sums[1].abs()
+        for part, summand, each in zip((first, second), summands, sums, strict=True):
+            factor = share(share(each.abs(), magnitude) * of_total.sum(), each)
+            torch.mul(summand, unit, out=part[image]).mul_(factor)
     return first, second
 
 
-def _read(state: Tensor, relevance: Tensor) -> Tensor:
-    """What a state gathers from all that reads it: R z / z, stabilised, as the released code copies states."""
-    return state * share(relevance, state)
+def _units_of_sum(total: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance for each unit of a sum z, and what z has: R z / z, stabilised, as the released code copies states.
+
+    Where z is 0 it has nothing.
+    """
+    divisor = total + _STABILISER
+    divisor.masked_fill_(divisor == 0, math.inf)
+    read = (relevance / divisor).mul_(total)
+    return read / divisor, read
 
 
 def linear_map(apply: Callable[[Tensor], Tensor], state: Tensor, relevance: Tensor) -> Tensor:
@@ -120,24 +168,37 @@ def product(apply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tens
     return [left * unit[0], right * unit[1]]
 
 
-def attention(operands: AttentionOperands, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attention(operands: AttentionOperands, output: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Relevance of q, k, v (B, H, N, dh) from that of O = A v.
 
     Half goes to v and half to A; what reaches A passes the softmax, the scale and the bias as it is, and is halved
     again between q and k. Tile by tile; nothing N×N is held.
+
+    Args:
+        operands: q, k, v.
+        output: O (B, H, N, dh).
+        relevance: the same shape.
     """
     q, k, v = operands.q, operands.k, operands.v
     of_q = torch.empty_like(q)
     of_k, of_v = torch.zeros_like(k), torch.zeros_like(v)
+    unit_of_output = share(relevance, output).div_(2)
     for rows in row_tiles(operands):
-        weights, queries = operands.probabilities(rows), q[:, :, rows]
-        unit = share(relevance[:, :, rows], weights @ v) / 2
+        weights, queries, unit = operands.probabilities(rows), q[:, :, rows], unit_of_output[:, :, rows]
         of_v += weights.mT @ unit
-        of_weights = weights * (unit @ v.mT)
-        unit = share(of_weights, queries @ k.mT) / 2
+        of_weights = weights.mul_(unit @ v.mT)
+        unit = share(of_weights, queries @ k.mT).div_(2)
         of_q[:, :, rows] = queries * (unit @ k)
         of_k += unit.mT @ queries
     return of_q, k * of_k, v * of_v
+
+
+def attention_of_heads(operands: AttentionOperands, output: Tensor, relevance: Tensor) -> tuple[Tensor, ...]:
+    """The same where all tensors are of single heads (B·H, N, dh), and a bias may be of each."""
+    bias = operands.bias
+    bias = bias[None] if bias is not None and bias.ndim == 3 else bias
+    stacked = replace(operands, q=operands.q[None], k=operands.k[None], v=operands.v[None], bias=bias)
+    return tuple(part[0] for part in attention(stacked, output[None], relevance[None]))
 
 
 def bounded_convolution(apply: Callable[..., Tensor], pixels: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:

@@ -1,0 +1,145 @@
+"""Scores of single blocks: what is computed again gives what a second forward gives, for less."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import make_images, make_model
+from references import Trace, legrad
+from test_balanced import with_constants
+from test_relevance import exact
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitexplain import Capture, Needs, explain_with, get_explainer
+from vitexplain.balanced import BALANCED
+from vitexplain.block_scores import RECORDED, score_blocks
+from vitexplain.explainer import Subject
+from vitexplain.modified_backward import BackwardRules
+from vitexplain.registry import create_method
+
+
+class Mixing(nn.Module):
+    """Tokens see each other behind attention."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + 0.1 * tokens.mean(1, keepdim=True)
+
+
+class MixingLater(nn.Module):
+    """The same from the sixth token on, so that the first ones do not show it."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens if tokens.shape[1] < 6 else tokens + 0.1 * tokens[:, 5:].mean(1, keepdim=True)
+
+
+def altered(kind: str) -> Any:
+    """A model whose second block, and that alone, ends in something else."""
+    torch.manual_seed(0)
+    model: Any = make_model("cls").double()
+    ends = {
+        "norm": nn.LayerNorm(model.embed_dim),  # its gradient depends on what the last linear map gives
+        "activation": nn.GELU(),
+        "linear": nn.Linear(model.embed_dim, model.embed_dim),
+        "mixing": Mixing(),
+        "mixing_later": MixingLater(),
+    }
+    if kind == "hook":
+        model.blocks[1].mlp.fc2.register_forward_hook(lambda _, __, output: output.sigmoid())
+    elif kind != "plain":
+        model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, ends[kind].double())
+    return model.eval()
+
+
+def mean_square(tokens: Tensor) -> Tensor:
+    """The same gradient for all tokens."""
+    return tokens.mean(1).square().sum(1)
+
+
+def unlike(tokens: Tensor) -> Tensor:
+    """Another gradient for each token."""
+    return tokens.sin().sum((1, 2))
+
+
+@pytest.mark.parametrize("backward", [None, BALANCED], ids=["plain", "balanced"])
+@pytest.mark.parametrize("score", [mean_square, unlike])
+@pytest.mark.parametrize("kind", ["plain", "norm", "activation", "linear", "hook", "mixing", "mixing_later"])
+def test_blocks_computed_again_give_what_a_second_forward_gives(
+    kind: str, score: Any, backward: BackwardRules | None
+) -> None:
+    model, images, forwards = altered(kind), make_images("cls").double(), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    if kind == "hook" and backward is not None:
+        backward = None  # a sigmoid alone is a gate, and a gate has no balanced gradient of its own
+
+    def gradients(needs: Needs) -> list[Tensor]:
+        with torch.no_grad(), Capture(model, needs) as capture:
+            capture.forward(images)
+            return [block.attention_gradient() for block in score_blocks(capture, 3, score, None, backward)]
+
+    expected = gradients(Needs())
+    assert len(forwards) == 2
+    found = gradients(RECORDED)
+    assert len(forwards) == 3
+    for own, other in zip(found, expected, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12 * float(other.abs().max()))
+
+
+def test_of_all_tokens_only_what_a_gradient_needs_is_computed_again() -> None:
+    """Forward: output projection and first map of the MLP; back: the same."""
+    model, images = make_model("cls"), make_images("cls")
+    with torch.no_grad(), Capture(model, RECORDED) as capture:
+        with FlopCounterMode(display=False) as forward:
+            capture.forward(images)
+        with FlopCounterMode(display=False) as again:
+            score_blocks(capture, len(capture.blocks), mean_square)
+    assert 0 < again.get_total_flops() < forward.get_total_flops()
+
+
+def test_hooks_are_taken_off_where_a_block_cannot_be_computed_again() -> None:
+    class Stubborn(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            if tokens.shape[1] < 7:
+                raise RuntimeError("expected all tokens")
+            return tokens
+
+    model, images = make_model("cls").double(), make_images("cls").double()
+    expected = get_explainer("legrad", model)(images, 1).scores
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Stubborn())
+    torch.testing.assert_close(get_explainer("legrad", model)(images, 1).scores, expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.exact_states
+@pytest.mark.parametrize("options", [{}, {"layers": 9, "pooling": "head"}, {"normalised": True}], ids=str)
+def test_a_balanced_map_is_the_plain_one_of_a_model_rewritten_with_constants(
+    family: str, options: dict[str, Any]
+) -> None:
+    model, images, seed, prefix = exact(family)
+    found = get_explainer("legrad", model, gradient="balanced", **options)(images, 4).scores
+    plain = get_explainer("legrad", model, **options)(images, 4).scores
+    rewritten = with_constants(model)
+    for block in rewritten.blocks:  # the way to queries and keys, which no score of this block takes
+        block.attn.q_norm, block.attn.k_norm = block.attn.q_norm.module, block.attn.k_norm.module
+        block.attn.fused_attn = False
+    for image, map_ in zip(images, found.flatten(1), strict=True):
+        trace = Trace(copy.deepcopy(model), image, 4, seed)
+        trace.model = rewritten
+        expected = legrad(trace, **options)[prefix:]
+        torch.testing.assert_close(map_, expected, rtol=1e-6, atol=1e-8 * expected.abs().max().item())
+    assert (plain - found).abs().max() > 1e-3 * plain.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 3, "pooling": "head"}, {"normalised": True}], ids=str)
+def test_a_balanced_map_beside_a_plain_one_is_that_of_each_alone(options: dict[str, Any]) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    methods = [create_method("legrad", gradient=each, **options) for each in ("plain", "balanced")]
+    together = explain_with(methods, Subject.of(model), images, 4)
+    for method, found in zip(methods, together, strict=True):
+        (alone,) = explain_with([method], Subject.of(model), images, 4)
+        torch.testing.assert_close(found.scores, alone.scores)
+    assert (together[0].scores - together[1].scores).abs().max() > 1e-3 * together[0].scores.abs().max()
