@@ -244,10 +244,13 @@ class Preprocessing:
         return Placement.centred(source, resized, self.size)
 
     def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
-        channels_first = np.moveaxis(pixels, -1, -3)
-        values = torch.from_numpy(np.array(channels_first, order="C")).to(torch.float32).div_(255)
-        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
-        return values.sub_(mean).div_(std)
+        # in NumPy, since each thread that reads pictures would bring up torch's threads against those of the model
+        values = np.array(np.moveaxis(pixels, -1, -3), dtype=np.float32, order="C")
+        mean, std = (np.array(numbers, dtype=np.float32).reshape(3, 1, 1) for numbers in (self.mean, self.std))
+        values /= np.float32(255)
+        values -= mean
+        values /= std
+        return torch.from_numpy(values)
 
 
 def _check_choice(what: str, value: object, possible: Sequence[str] | dict[str, Any]) -> None:
