@@ -99,9 +99,11 @@ class TokenTM(GradientMethod, ResidualMethod):
         state, output = block.state("in"), block.output_weight
         literal = self.transformation == "literal"
         values = _by_heads(state, block.value_weight) if literal else widen(block.operands.v)
-        # ‖v W‖² = v (W Wᵀ) vᵀ and x · (v W) = (x Wᵀ) · v
-        squared = ((values @ (output @ output.transpose(1, 2))) * values).sum(-1)
-        aligned = (_by_heads(state, output.transpose(1, 2)) * values).sum(-1)
+        # ‖v W‖² = v (W Wᵀ) vᵀ and x · (v W) = (x Wᵀ) · v; heads first, images and tokens merge as they lie
+        by_head = values.transpose(0, 1).flatten(1, 2)
+        squared = (by_head @ (output @ output.transpose(1, 2))).mul_(by_head).sum(-1)
+        squared = squared.view(-1, *state.shape[:2]).transpose(0, 1)
+        aligned = _by_heads(state, output.transpose(1, 2)).mul_(values).sum(-1)
         return self._combine(state.norm(dim=-1)[:, None], squared.clamp(min=0).sqrt(), aligned)
 
     def _combine(self, before: Tensor, after: Tensor, dot: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from .attention import Attention, RowTile, row_tiles, widen
@@ -103,9 +104,11 @@ class Change:
     product: Tensor
 
     @classmethod
+    @torch.no_grad()
     def between(cls, before: Tensor, after: Tensor) -> Change:
         """Of two states (B, N, D)."""
-        return cls(before.norm(dim=-1), after.norm(dim=-1), (before * after).sum(-1))
+        product = torch.einsum("bnd,bnd->bn", before, after)  # without a tensor of the states' size
+        return cls(before.norm(dim=-1), after.norm(dim=-1), product)
 
 
 @dataclass(eq=False)
