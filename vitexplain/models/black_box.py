@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, UnsupportedModelError
+from ..errors import InputError
 from .adapter import BlockModules
-from .unknown import UnknownModelAdapter
+from .limited import LimitedAdapter
 
 if TYPE_CHECKING:
     from ..record import Needs
 
 
-class BlackBoxAdapter(UnknownModelAdapter):
+class BlackBoxAdapter(LimitedAdapter):
     """A model that is only asked for logits and their gradient at the image.
 
     Args:
@@ -26,8 +26,6 @@ class BlackBoxAdapter(UnknownModelAdapter):
             reads. None for a model that takes any.
         reason: why nothing more is known of it.
     """
-
-    num_prefix_tokens = 0
 
     def __init__(
         self,
@@ -71,35 +69,13 @@ class BlackBoxAdapter(UnknownModelAdapter):
             parts.append(super().logits(filled)[: len(part)])
         return torch.cat(parts)
 
-    def check_needs(self, needs: Needs) -> None:
-        """Refuses everything but logits and the gradient at the image.
+    def reads_more(self, needs: Needs) -> bool:
+        """Whether anything but logits and the gradient at the image is asked for."""
+        return needs.any_attention or bool(needs.seen_states) or needs.backward is not None
 
-        Raises:
-            UnsupportedModelError: something inside the model is asked for; names the methods that work.
-        """
-        super().check_needs(needs)
-        if _looks_inside(needs):
-            raise self._refusal()
-
-    def seed(self, num_tokens: int) -> Tensor:
-        """Refused: no tokens are seen."""
-        raise self._refusal()
-
-    def output_weight(self, block: int) -> Tensor:
-        """Refused: no attention is seen."""
-        raise self._refusal()
-
-    value_weight = output_weight
-
-    def _refusal(self) -> UnsupportedModelError:
-        from ..registry import create_method, list_methods
-
-        working = [name for name in list_methods() if not _looks_inside(create_method(name).needs)]
-        return UnsupportedModelError(
+    def refusal(self, working: str) -> str:
+        """What is missing, and what to do."""
+        return (
             f"found an exported graph of which only the logits can be used: {self._reason}. Pass the torch.nn.Module "
-            f"that it was made from, or take a method that works on it: {', '.join(working)}"
+            f"that it was made from, or take a method that works on it: {working}"
         )
-
-
-def _looks_inside(needs: Needs) -> bool:
-    return needs.any_attention or bool(needs.seen_states) or needs.backward is not None

@@ -14,7 +14,7 @@ from ..borrowing import borrowed
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, to_tokens
 from .adapter import BlockModules
-from .unknown import UnknownModelAdapter
+from .limited import LimitedAdapter
 
 if TYPE_CHECKING:
     from ..record import Needs
@@ -35,7 +35,7 @@ class FeatureMap:
     grid: tuple[int, int]
 
 
-class FeatureAdapter(UnknownModelAdapter):
+class FeatureAdapter(LimitedAdapter):
     """A model known by its last feature map alone: one block, whose state ``attention_input`` is that map.
 
     The map is the last tensor that a module puts out whose axes are known to be places and channels, and through which
@@ -51,8 +51,6 @@ class FeatureAdapter(UnknownModelAdapter):
     Raises:
         UnsupportedModelError: the model cannot be run on such images, or has no such map.
     """
-
-    num_prefix_tokens = 0
 
     def __init__(
         self, model: nn.Module, image_size: tuple[int, int] | None = None, *, reason: str = "its blocks are not known"
@@ -78,33 +76,15 @@ class FeatureAdapter(UnknownModelAdapter):
             self._grids[size] = found.grid
         return self._grids[size]
 
-    def check_needs(self, needs: Needs) -> None:
-        """Refuses everything but the feature map.
+    def reads_more(self, needs: Needs) -> bool:
+        """Whether attention or other token states than the map are asked for."""
+        return needs.any_attention or bool(needs.seen_states - {"attention_input"})
 
-        Raises:
-            UnsupportedModelError: attention or other token states are asked for; names the methods that work.
-        """
-        super().check_needs(needs)
-        if _reads_more(needs):
-            raise self._refusal()
-
-    def seed(self, num_tokens: int) -> Tensor:
-        """Refused: how the head reads the map is not known."""
-        raise self._refusal()
-
-    def output_weight(self, block: int) -> Tensor:
-        """Refused: there is no attention."""
-        raise self._refusal()
-
-    value_weight = output_weight
-
-    def _refusal(self) -> UnsupportedModelError:
-        from ..registry import create_method, list_methods
-
-        working = [name for name in list_methods() if not _reads_more(create_method(name).needs)]
-        return UnsupportedModelError(
+    def refusal(self, working: str) -> str:
+        """What works instead, and why no more."""
+        return (
             f"a {type(self.model).__name__} is supported by its last feature map only; methods that work on it: "
-            f"{', '.join(working)}. Attention cannot be followed because {self._reason}"
+            f"{working}. Attention cannot be followed because {self._reason}"
         )
 
     def _find(self, size: tuple[int, int]) -> FeatureMap:
@@ -192,10 +172,6 @@ def _parts(score: Tensor, state: Tensor, images: Tensor) -> bool:
             return False
         waiting += [each for each, _ in node.next_functions]
     return True
-
-
-def _reads_more(needs: Needs) -> bool:
-    return needs.any_attention or bool(needs.seen_states - {"attention_input"})
 
 
 def _axes(state: Tensor, size: tuple[int, int], widths: list[int]) -> Arrangement | None:
