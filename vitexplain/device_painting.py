@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -40,5 +41,5 @@ def paint_over(
         uint8 (..., H, W, 3) on the device of `indices`.
     """
     weights = torch.tensor(opacity, dtype=torch.float32, device=indices.device)[indices.long()][..., None]
-    photograph = torch.tensor(pictures, device=indices.device)
+    photograph = torch.tensor(np.ascontiguousarray(pictures), device=indices.device)
     return torch.lerp(photograph.float(), paint(indices, table).float(), weights).round_().to(torch.uint8)

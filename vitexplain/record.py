@@ -107,8 +107,7 @@ class Change:
     @torch.no_grad()
     def between(cls, before: Tensor, after: Tensor) -> Change:
         """Of two states (B, N, D)."""
-        product = torch.einsum("bnd,bnd->bn", before, after)  # without a tensor of the states' size
-        return cls(before.norm(dim=-1), after.norm(dim=-1), product)
+        return cls(before.norm(dim=-1), after.norm(dim=-1), (before * after).sum(-1))
 
 
 @dataclass(eq=False)

@@ -146,7 +146,7 @@ class RelevancePass(ModifiedBackward):
             output = F.linear(wide(state), wide(weight))
             product = output.to(precision, copy=True)
             output = output if bias is None else output.add_(bias)
-        held = state.detach().to(precision)
+        held = state.detach().to(precision, copy=True)  # the model may go on to change the state in place
 
         def pullback(relevance: Tensor) -> tuple[Tensor]:
             if self._normalised:

@@ -109,20 +109,27 @@ def _cluster(address: str | None) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         if started:
-            _knock(address)
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-            ray.init(address=address or "local", include_dashboard=False, logging_level=logging.WARNING)
+            _join(address)
         yield
-    except OSError as error:
-        raise VitExplainError(
-            f"the Ray cluster at {address!r} cannot be reached: {error}. Check --ray-address (HOST:PORT), set "
-            "RAY_AUTH_MODE=token if the cluster asks for a token, or leave the address out to use this machine"
-        ) from error
     finally:
         context.enable_progress_bars = bars
         logger.setLevel(level)
         if started:
             ray.shutdown()
+
+
+def _join(address: str | None) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        _knock(address)
+        ray.init(address=address or "local", include_dashboard=False, logging_level=logging.WARNING)
+    except OSError as error:
+        raise VitExplainError(
+            f"the Ray cluster at {address!r} cannot be reached: {error}. Check --ray-address (HOST:PORT), set "
+            "RAY_AUTH_MODE=token if the cluster asks for a token, or leave the address out to use this machine"
+        ) from error
 
 
 def _knock(address: str | None) -> None:

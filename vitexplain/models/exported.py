@@ -7,6 +7,7 @@ with the graph on noise. What cannot be made so leaves a model that is asked for
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
@@ -39,7 +40,7 @@ def adapt_exported(module: fx.GraphModule, grid: tuple[int, int] | None = None) 
             patch grid.
     """
     flat, images = flattened(module)
-    _quiet(flat)
+    _quiet([flat])
     try:
         return _look_into(flat, images)
     except UnsupportedModelError as error:
@@ -47,12 +48,11 @@ def adapt_exported(module: fx.GraphModule, grid: tuple[int, int] | None = None) 
         return BlackBoxAdapter(flat, images.shape[1:], found, batch=images.fixed_batch, reason=str(error))
 
 
-def _quiet(module: fx.GraphModule) -> fx.GraphModule:
-    """Has errors raised alone; such modules, each of a class of its own, would also print them."""
-    for each in module.modules():
+def _quiet(made: Iterable[nn.Module]) -> None:
+    """Has errors of modules made here raised alone; each of a class of its own, they would also print them."""
+    for each in made:
         if isinstance(each, fx.GraphModule):
             type(each).__call__ = nn.Module.__call__  # type: ignore[method-assign]
-    return module
 
 
 def _look_into(flat: fx.GraphModule, images: ExportedInput) -> ModelAdapter:
@@ -89,7 +89,8 @@ def _watchable(flat: fx.GraphModule, images: ExportedInput) -> fx.GraphModule:
         try:
             drop_open_masks(module, first)
             free_batch(module, first)
-            _quiet(regroup(module))
+            theirs = set(flat.modules())
+            _quiet(each for each in regroup(module).modules() if each not in theirs)
             expected = torch.cat([flat(first), flat(second)])
             same = _same(module(torch.cat([first, second])), expected) and _same(module(second[-1:]), expected[-1:])
         except Exception as error:  # whatever operations raise that want another number of images, or were misread

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from .operators import operator_name
 
 _PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+_LINEAR_MAPS = 3  # of what calls attention with two tensors or one: queries, keys and values together, the output
 _PRODUCTS = ("scaled_dot_product_attention", "bmm", "baddbmm")
 
 
@@ -63,10 +64,13 @@ def _restore(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
     )
     layer.in_proj_weight, layer.in_proj_bias = parameters["in_proj_weight"], parameters["in_proj_bias"]
     layer.out_proj.weight, layer.out_proj.bias = parameters["out_proj.weight"], parameters["out_proj.bias"]
+    # queries, keys and values of three tensors come from three maps; then the first two are of the same states
+    apart = sum(operator_name(node) == "linear" for node in nodes) > _LINEAR_MAPS
+    keys = states[0] if apart else states[-1]
     name = f"{nodes[0].name}_multi_head"
     module.add_submodule(name, layer)
     with module.graph.inserting_before(outputs[0]):
-        call = module.graph.call_module(name, (states[0], states[-1], states[-1]), {"need_weights": False})
+        call = module.graph.call_module(name, (states[0], keys, states[-1]), {"need_weights": False})
         result = module.graph.call_function(getitem, (call, 0))
     outer = dict(list(nodes[0].meta["nn_module_stack"].items())[:-1])
     call.meta["nn_module_stack"], result.meta = outer, {**outputs[0].meta, "nn_module_stack": outer}

@@ -41,7 +41,8 @@ _LAYERS: dict[Any, tuple[str, ...]] = {
 }
 """Functions that are layers where their weights are parameters; and their arguments."""
 
-_IDENTITY = frozenset({"dropout", "feature_dropout", "alpha_dropout", "alias"})
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
+_IDENTITY = frozenset({*_DROPOUTS, *(f"{each}_" for each in _DROPOUTS), "alias"})
 """What gives its input back, in evaluation mode."""
 
 _DECOMPOSED = frozenset({"_softmax", "addmm", "native_layer_norm", "native_group_norm"})
