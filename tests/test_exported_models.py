@@ -141,6 +141,42 @@ def test_a_batch_that_follows_the_images_does_so_in_multi_head_attention() -> No
         assert_same_maps(name, adapt(program), model, images)
 
 
+class PlacedQueries(nn.Module):
+    """Two blocks whose queries and keys have positions that values lack; dropout happens in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 17, 16))
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(4))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1, inplace=True), nn.Linear(32, 16))
+            for _ in range(2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.patches(images).flatten(2).transpose(1, 2)
+        states = torch.cat([self.token.expand(len(states), -1, -1), states], 1)
+        for attention, mlp, first, second in zip(
+            self.attentions, self.mlps, self.norms[::2], self.norms[1::2], strict=True
+        ):
+            values = first(states)
+            placed = values + self.places
+            states = states + attention(placed, placed, values, need_weights=False)[0]
+            states = states + mlp(second(states))
+        logits: Tensor = self.head(states[:, 0])
+        return logits
+
+
+def test_keys_that_are_queries_are_told_from_keys_that_are_values() -> None:
+    model, images = PlacedQueries().eval(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = DiscoveredAdapter(model, image_size=(32, 32))
+    for name in ("rollout", "generic_attention"):
+        assert_same_maps(name, adapt(export(model, images)), seen, images)
+
+
 def test_convnets_have_their_last_feature_map() -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 12, 3, 2, 1), nn.GELU()]

@@ -289,6 +289,51 @@ def error(found: Tensor, expected: Any) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
+class InPlace(nn.Module):
+    """A block with norms behind its branches, whose residual sum overwrites what attention read; or does not."""
+
+    def __init__(self, overwrites: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.overwrites = nn.Linear(16, 48), nn.Linear(16, 16), overwrites
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, states: Tensor) -> Tensor:
+        q, k, v = self.qkv(states).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        states = states.add_(mixed) if self.overwrites else states + mixed
+        states = self.norms[0](states)
+        normed: Tensor = self.norms[1](states + self.mlp(states))
+        return normed
+
+
+class InPlaceModel(nn.Module):
+    """Two such blocks behind patches and a class token."""
+
+    def __init__(self, overwrites: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.blocks = nn.ModuleList(InPlace(overwrites) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.patches(images).flatten(2).transpose(1, 2)
+        states = torch.cat([self.token.expand(len(states), -1, -1), states], 1)
+        for block in self.blocks:
+            states = block(states)
+        logits: Tensor = self.head(states[:, 0])
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_that_a_model_overwrites_are_held_as_they_were(dtype: torch.dtype) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    models = [InPlaceModel(overwrites).to(dtype).eval() for overwrites in (True, False)]
+    maps = [get_explainer("transformer_attribution", model)(images, 1).scores for model in models]
+    torch.testing.assert_close(*maps, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parity
 def test_maps_of_the_released_code_in_double_precision(released: tuple[dict[str, nn.Module], Any, Any]) -> None:
     models, inputs, maps = released
