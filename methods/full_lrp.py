@@ -32,9 +32,8 @@ class FullLRP(Method):
     .. math:: m_j = \sum_{p \in j} R_p
 
     with R propagated from the target through all blocks to the pixels p of patch j, over which the first convolution
-    shares it by the rule of bounded inputs. The rules are those of `relevance_rules`; the forward runs in double
-    precision, since relevance is divided by activations that cross zero, and the rules of linear maps in the
-    model's own. For the same reason the map hardly tells classes apart (on ViT-Ti and DeiT-Ti, ranks of two classes
+    shares it by the rule of bounded inputs. The rules are those of `relevance_rules`; forward and relevance pass run
+    in double precision, since relevance is divided by activations that cross zero. For the same reason the map hardly tells classes apart (on ViT-Ti and DeiT-Ti, ranks of two classes
     in one photograph correlate by 0.99 and more, or by -0.99), and weights rounded to half precision give another
     one. It is here to compare with. Scores (B, h, w).
     """

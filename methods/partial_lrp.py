@@ -29,10 +29,9 @@ class PartialLRP(Method):
     .. math:: m = s\,\mathrm{E}_h[(R_l)^+]
 
     with R the relevance of the attention, propagated from the target down to that block alone, and s the seed row.
-    The rules are those of `relevance_rules`; the forward runs in double precision, since relevance is divided by
-    activations that cross zero, and the rules of linear maps in the model's own. The attention of one block says
-    more about the image than about the class: on some models two classes get nearly the same map. Scores (B, N) >=
-    0.
+    The rules are those of `relevance_rules`; forward and relevance pass run in double precision, since relevance is
+    divided by activations that cross zero. The attention of one block says more about the image than about the class:
+    on some models two classes get nearly the same map. Scores (B, N) >= 0.
     """
 
     layer: int = option(-1, "block whose attention is read, zero-based; negative counts from the last")

@@ -132,6 +132,7 @@ def test_a_cluster_is_joined_by_its_address(images: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(joined.all_scores("rollout", 0), local.all_scores("rollout", 0), atol=1e-6)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_cluster_that_is_not_there_is_an_error(images: Path, tmp_path: Path) -> None:
     address = f"127.0.0.1:{_closed_port()}"
     done = _command(images / "000.png", "--output", tmp_path / "out", "--ray-address", address)

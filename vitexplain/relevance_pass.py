@@ -6,8 +6,8 @@ a rule is refused, so that no relevance comes of a rule that does not hold.
 
 Relevance is divided by activations that cross zero, and single precision cannot tell on which side they lie. The
 forward runs in double precision for it, where the device has it: parameters are widened as they are used, one at a
-time, and no copy of the model is held. The rules of linear maps, which divide by sums of one sign, are in the precision
-of the weight.
+time, and no copy of the model is held. The normalised rule of linear maps, which divides by sums of one sign, is in the
+precision of the weight.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ class RelevancePass(ModifiedBackward):
         return self._linear_map(state, weight, given.get("bias"))
 
     def _linear_map(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x wᵀ + b in double precision; its rule is in that of the weight, since the signs of states are settled."""
-        precision = torch.promote_types(weight.dtype, torch.float32)
+        """x wᵀ + b in double precision; the normalised rule is in that of the weight, since signs are settled."""
+        # the sums of the other rules are not normalised, and magnify what rounding leaves
+        precision = torch.promote_types(weight.dtype, torch.float32) if self._normalised else wide(weight).dtype
         with torch.no_grad():
             output = F.linear(wide(state), wide(weight))
             product = output.to(precision, copy=True)
