@@ -33,9 +33,9 @@ class FullLRP(Method):
 
     with R propagated from the target through all blocks to the pixels p of patch j, over which the first convolution
     shares it by the rule of bounded inputs. The rules are those of `relevance_rules`; forward and relevance pass run
-    in double precision, since relevance is divided by activations that cross zero. For the same reason the map hardly tells classes apart (on ViT-Ti and DeiT-Ti, ranks of two classes
-    in one photograph correlate by 0.99 and more, or by -0.99), and weights rounded to half precision give another
-    one. It is here to compare with. Scores (B, h, w).
+    in double precision, since relevance is divided by activations that cross zero. For the same reason the map hardly
+    tells classes apart (on ViT-Ti and DeiT-Ti, ranks of two classes in one photograph correlate by 0.99 and more, or
+    by -0.99), and weights rounded to half precision give another one. It is here to compare with. Scores (B, h, w).
     """
 
     rules: str = option(
