@@ -74,7 +74,7 @@ class Contributions(GradientMethod, Method):
 @has_kernel(sum_heads=True)
 def positive_contributions(tile: RowTile) -> Tensor:
     """(Σ_h G∘A)+ (B, T, N)."""
-    return (tile.gradient * tile.attention).sum(1).clamp_(min=0)
+    return tile.weighted().sum(1).clamp_(min=0)
 
 
 def _shares(scores: Tensor) -> Tensor:

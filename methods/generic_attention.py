@@ -43,4 +43,4 @@ class GenericAttention(GradientMethod, ResidualMethod):
 @has_kernel(sum_heads=False)
 def positive_gradient_attention(tile: RowTile) -> Tensor:
     """(G∘A)+ (B, H, T, N); where attention is never negative, the same as (G)+ ∘ A."""
-    return (tile.gradient * tile.attention).clamp_(min=0)
+    return tile.weighted().clamp_(min=0)

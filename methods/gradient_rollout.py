@@ -52,7 +52,7 @@ class GradientRollout(GradientMethod, AttentionMethod):
         moved = torch.zeros_like(seed)
         for block in reversed(self.blocks(capture)):
             seed, moved = block.receive(seed), block.receive(moved)
-            tiles = [(tile.attention * tile.gradient).mean(1).clamp_(min=0) for tile in block.tiles()]
+            tiles = [tile.weighted().mean(1).clamp_(min=0) for tile in block.tiles()]
             fused = discard_lowest(torch.cat(tiles, 1), self.discard_ratio)
             share = 1 / (1 + fused.sum(2))
             rows, columns = (share, 1.0) if self.normalisation == "row" else (1.0, share)

@@ -81,6 +81,10 @@ class Attention(ABC):
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from the gradient at the tensor that was tracked for this attention."""
 
+    def weighted(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """dy/dA ∘ A (B, H, T, N), in memory of its own."""
+        return self.gradient(output_gradient, rows) * self.probabilities(rows)
+
     @abstractmethod
     def part(self, images: slice) -> Attention:
         """The attention of some images of the batch."""
@@ -133,6 +137,10 @@ class AttentionOperands(Attention):
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""
         return _inner_products(widen(output_gradient[:, :, rows]), widen(self.v))
+
+    def weighted(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """dy/dA ∘ A (B, H, T, N), where dy/dA was."""
+        return self.gradient(output_gradient, rows).mul_(self.probabilities(rows))
 
     def part(self, images: slice) -> AttentionOperands:
         """The attention of some images of the batch."""
@@ -206,9 +214,17 @@ class RowTile:
     @cached_property
     def gradient(self) -> Tensor:
         """dy/dA (B, H, T, N)."""
+        return self._operands.gradient(self._present_gradient, self.rows)
+
+    def weighted(self) -> Tensor:
+        """dy/dA ∘ A (B, H, T, N), the caller's own to change; cheaper than the product of both."""
+        return self._operands.weighted(self._present_gradient, self.rows)
+
+    @property
+    def _present_gradient(self) -> Tensor:
         if self._output_gradient is None:
             raise RuntimeError("the gradient of attention is read before the backward pass")
-        return self._operands.gradient(self._output_gradient, self.rows)
+        return self._output_gradient
 
 
 def widen(tensor: Tensor) -> Tensor:

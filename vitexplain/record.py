@@ -107,7 +107,9 @@ class Change:
     @torch.no_grad()
     def between(cls, before: Tensor, after: Tensor) -> Change:
         """Of two states (B, N, D)."""
-        return cls(before.norm(dim=-1), after.norm(dim=-1), (before * after).sum(-1))
+        with torch.autocast(before.device.type, enabled=False):  # runs within the model's forward
+            product = torch.einsum("bnd,bnd->bn", before, after)  # makes no tensor of the states' size
+        return cls(before.norm(dim=-1), after.norm(dim=-1), product)
 
 
 @dataclass(eq=False)
