@@ -140,6 +140,41 @@ def test_only_gates_up_to_the_drawn_depth_learn(model: nn.Module, batches: list[
     assert all(each.grad is None for each in model.parameters())
 
 
+@pytest.mark.parametrize(("share", "depths"), [(0.0, {0, 1, 2, 3, 4}), (0.5, {2, 3, 4}), (1.0, {4})])
+def test_shallow_depths_can_be_left_out(
+    model: nn.Module, batches: list[Tensor], share: float, depths: set[int]
+) -> None:
+    learning = learner(model, batches[0], shallowest_depth=share)
+    assert {learning.draw_depth(step) for step in range(60)} == depths
+
+
+def test_rates_grow_and_fall() -> None:
+    settings = DiffMaskSettings(warmup_steps=4, final_rate=0.2)
+    shares = [settings.rate_share(step, 12) for step in range(13)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert shares[8] == pytest.approx(0.6)  # half of the cosine
+    assert shares[12] == pytest.approx(0.2)
+    assert shares[4:] == sorted(shares[4:], reverse=True)
+    assert {dataclasses.replace(settings, final_rate=1.0).rate_share(step, 12) for step in range(4, 12)} == {1.0}
+
+
+def test_the_average_of_the_gates_is_what_counts(model: nn.Module, batches: list[Tensor]) -> None:
+    learning = learner(model, batches[0], averaging=0.9)
+    expected = None
+    for value in (1.0, 2.0, 5.0):
+        with torch.no_grad():
+            learning.gates.replacement.fill_(value)
+        learning.stepped()
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+    averaged = torch.full_like(learning.gates.replacement, expected or 0.0)
+    torch.testing.assert_close(learning.best_gates().replacement.detach(), averaged)
+    assert learning.offer(evaluation(kept=0.5), 1)
+    torch.testing.assert_close(learning.best_gates().replacement.detach(), averaged)
+    learning.restart()
+    learning.stepped()
+    torch.testing.assert_close(learning._result.state_dict(), learning.gates.state_dict())
+
+
 def test_the_class_token_counts_only_as_in_the_published_code(model: nn.Module, batches: list[Tensor]) -> None:
     learning = learner(model, batches[0], count_class_token=True)
     found = learning.masked.read(batches[0])
@@ -264,11 +299,11 @@ class Interrupted:
             yield batch
 
 
-@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("course", [{"lookahead": True}, {}, {"averaging": 0.8, "final_rate": 0.1}])
 def test_an_interrupted_training_goes_on_where_it_was(
-    tmp_path: Path, model: nn.Module, batches: list[Tensor], lookahead: bool
+    tmp_path: Path, model: nn.Module, batches: list[Tensor], course: dict[str, Any]
 ) -> None:
-    settings = dataclasses.replace(TINY, steps=14, lookahead=lookahead, multiplier_rate=1.0, keep_best=False)
+    settings = dataclasses.replace(TINY, steps=14, multiplier_rate=1.0, keep_best=False, **course)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     expected = train_diffmask(model, batches, whole, settings, validation=batches[:2])
     handler = signal.getsignal(signal.SIGINT)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..diffmask.calibration import calibrated_offset, fresh_gates, set_offsets
 from ..diffmask.constraint import divergence
 from ..diffmask.evaluation import Evaluation, evaluate
-from ..diffmask.gates import GateShape, sampled_mask
+from ..diffmask.gates import Gates, GateShape, sampled_mask
 from ..diffmask.hard_concrete import log_survival
 from ..diffmask.masking import MaskedModel, PatchStates, amortised_log_kept, class_features, class_token, hard_mask
 from .diffmask_settings import DiffMaskSettings
@@ -79,6 +80,11 @@ class DiffMaskLearner(nn.Module):
         )
         self.masked_at_start = settings.masked_at_start
         self.gates = self._started(settings.seed)
+        self._average: AveragedModel | None = None
+        if settings.averaging:
+            decayed = get_ema_multi_avg_fn(settings.averaging)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(self.gates, multi_avg_fn=decayed)
+            self._average.requires_grad_(False)
         count = 1 if settings.shared_multiplier else self.shape.depths
         start = torch.full((), settings.multiplier_start)
         # no gradient of the loss: DistributedDataParallel must not wait for any
@@ -88,8 +94,9 @@ class DiffMaskLearner(nn.Module):
         self._at_limit = 0
 
     def draw_depth(self, step: int, draw: int = 0) -> int:
-        """k of a step, uniform over all depths; the same on every device."""
-        return int(np.random.default_rng((self.settings.seed, step, draw)).integers(self.shape.depths))
+        """k of a step, uniform over the depths that take part; the same on every device."""
+        shallowest = round(self.settings.shallowest_depth * (self.shape.depths - 1))
+        return int(np.random.default_rng((self.settings.seed, step, draw)).integers(shallowest, self.shape.depths))
 
     def objective(self, found: PatchStates, step: int, *, draw: int = 0, rank: int = 0) -> Objective:
         """mean(λ_k (divergence - m) + mean over patches of log P(kept up to depth k)), with fresh noise.
@@ -134,10 +141,15 @@ class DiffMaskLearner(nn.Module):
         multiplier.clamp_(low, high)
         self._at_limit = self._at_limit + 1 if multiplier.item() >= high and violation > 0 else 0
 
+    def stepped(self) -> None:
+        """Takes the gates, as a step of theirs left them, into their average."""
+        if self._average is not None:
+            self._average.update_parameters(self.gates)
+
     def evaluate(self, batches: Sequence[Tensor]) -> Evaluation:
-        """Measures the gates with hard masks."""
+        """Measures the gates, or their average, with hard masks."""
         features = None if self._features is None else self._features.to(self.gates.replacement)
-        return evaluate(self.masked, self.gates, batches, self.settings.constraint, features)
+        return evaluate(self.masked, self._result, batches, self.settings.constraint, features)
 
     def offer(self, evaluation: Evaluation, step: int) -> bool:
         """Keeps the gates if they are the best so far (or the last count); whether they are.
@@ -150,7 +162,7 @@ class DiffMaskLearner(nn.Module):
         fewest = min(fewest, evaluation.kept) if self.meets(evaluation) else fewest
         better = self.best is None or self._rank(evaluation, fewest) < self._rank(self._best_evaluation, fewest)
         if better or not self.settings.keep_best:
-            weights = {name: each.detach().cpu().clone() for name, each in self.gates.state_dict().items()}
+            weights = {name: each.detach().cpu().clone() for name, each in self._result.state_dict().items()}
             self.best = {"evaluation": dataclasses.asdict(evaluation), "step": step, "weights": weights}
         assert self.best is not None
         self.best["fewest"] = fewest
@@ -174,6 +186,8 @@ class DiffMaskLearner(nn.Module):
         self.restarts += 1
         self.masked_at_start /= 2
         self.gates.load_state_dict(self._started(self.settings.seed + self.restarts).state_dict())
+        if self._average is not None:
+            self._average.n_averaged.zero_()  # begins anew
         with torch.no_grad():
             for multiplier in self.multipliers.parameters():
                 multiplier.fill_(self.settings.multiplier_start)
@@ -181,7 +195,7 @@ class DiffMaskLearner(nn.Module):
 
     def best_gates(self) -> Any:
         """The best gates, on the CPU."""
-        gates = copy.deepcopy(self.gates).cpu()
+        gates = copy.deepcopy(self._result).cpu()
         if self.best is not None:
             gates.load_state_dict(self.best["weights"])
         return gates.eval()
@@ -203,6 +217,13 @@ class DiffMaskLearner(nn.Module):
             if (answer.argmax(1) == classes).float().mean() >= _AGREEMENT_AT_START:
                 break
             self.masked_at_start /= 2
+        return gates
+
+    @property
+    def _result(self) -> Gates:
+        """What is evaluated and written."""
+        gates = self.gates if self._average is None else self._average.module
+        assert isinstance(gates, Gates)
         return gates
 
     @property

@@ -108,14 +108,15 @@ class DiffMaskModule(lightning.LightningModule):
         optimizer: Any = self.optimizers()
         found = self.learner.masked.read(images)
         objective = self.learner.objective(found, self.step, rank=self.global_rank)
-        warm = min(1.0, (self.step - self.started_at + 1) / max(1, settings.warmup_steps))
+        share = settings.rate_share(self.step - self.started_at, settings.steps - self.started_at)
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * warm
+            group["lr"] = group["rate"] * share
         optimizer.zero_grad(set_to_none=True)
         self.manual_backward(objective.loss)
         optimizer.step()
         for lookahead in self._lookaheads[:1]:
             lookahead.step()
+        self.learner.stepped()
         if settings.redraw_for_multiplier:
             with torch.no_grad():
                 objective = self.learner.objective(found, self.step, draw=1, rank=self.global_rank)
@@ -126,7 +127,7 @@ class DiffMaskModule(lightning.LightningModule):
         self.step += 1
         if self.step % _LOG_EVERY == 0:
             figures = {"divergence_soft": violation.item() + settings.margin, "kept_soft": objective.kept.item()}
-            self._log({**figures, "depth": float(objective.depth), "learning_rate_share": warm})
+            self._log({**figures, "depth": float(objective.depth), "learning_rate_share": share})
         if self.step % settings.evaluate_every == 0 or self.step >= settings.steps:
             self._evaluate(optimizer)
 

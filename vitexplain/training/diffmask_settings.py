@@ -29,7 +29,14 @@ class DiffMaskSettings:
         learning_rate: of the gates, after warm-up.
         replacement_rate: learning rate of b.
         warmup_steps: steps in which both rates grow.
+        final_rate: share of both rates left at the last step, by a cosine from the end of warm-up; 1 keeps them.
         lookahead: Lookahead around Adam.
+        averaging: decay, a step, of a running average of the gates, which is then what is evaluated and written; 0
+            takes the gates as they are. Gates and multiplier swing about each other; their average does not.
+        shallowest_depth: share of the depths that no step ends at: k is drawn from the depths above. 0, as in the
+            paper, draws from all; 1 lets all gates take part in every step. Where the first patch embeddings do not
+            say what can go, gates that are alone in a step drop patches at random, and leave the deeper ones nothing
+            to choose from.
         multiplier_start: λ at the start.
         multiplier_rate: learning rate of λ, by gradient ascent.
         multiplier_limits: smallest and largest λ.
@@ -60,7 +67,10 @@ class DiffMaskSettings:
     learning_rate: float = 1e-3
     replacement_rate: float = 1e-2
     warmup_steps: int = 100
+    final_rate: float = 1.0
     lookahead: bool = False
+    averaging: float = 0.0
+    shallowest_depth: float = 0.0
     multiplier_start: float = 20.0
     multiplier_rate: float = 0.3
     multiplier_limits: tuple[float, float] = (0.05, 200.0)
@@ -83,12 +93,12 @@ class DiffMaskSettings:
             (("steps", "evaluate_every", "validation_batches", "top_classes"), 1, math.inf),
             (("warmup_steps", "patience", "restarts", "seed", "multiplier_rate", "multiplier_start"), 0, math.inf),
             (("margin", "learning_rate", "replacement_rate", "stretch"), 1e-12, math.inf),
-            (("masked_at_start", "agreement", "collapsed_below"), 0, 1),
+            (("masked_at_start", "averaging", "final_rate", "shallowest_depth"), 0, 1),
+            (("agreement", "collapsed_below"), 0, 1),
             (("offset",), -math.inf, math.inf),
         ):
             wrong += [f"{name} = {value!r}" for name in names if not low <= (value := getattr(self, name)) <= high]
-        if self.masked_at_start == 1:
-            wrong.append("masked_at_start = 1")
+        wrong += [f"{name} = 1" for name in ("masked_at_start", "averaging") if getattr(self, name) == 1]
         if self.constraint not in CONSTRAINTS:
             wrong.append(f"constraint = {self.constraint!r}")
         if self.replacement_start not in ("mean", "random"):
@@ -103,6 +113,12 @@ class DiffMaskSettings:
     def class_specific(self) -> bool:
         """Whether gates are told a class."""
         return self.constraint != "distribution"
+
+    def rate_share(self, step: int, steps: int) -> float:
+        """Share of the learning rates, above 0 up to 1, in a step of a training of so many: warm-up, then a cosine."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        gone = min(1.0, max(0.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps)))
+        return warm * (self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * gone)) / 2)
 
     @classmethod
     def released(cls, **changes: Any) -> DiffMaskSettings:
