@@ -93,6 +93,8 @@ def _watchable(flat: fx.GraphModule, images: ExportedInput) -> fx.GraphModule:
             _quiet(each for each in regroup(module).modules() if each not in theirs)
             expected = torch.cat([flat(first), flat(second)])
             same = _same(module(torch.cat([first, second])), expected) and _same(module(second[-1:]), expected[-1:])
+        except (MemoryError, torch.cuda.OutOfMemoryError):  # says nothing about the model
+            raise
         except Exception as error:  # whatever operations raise that want another number of images, or were misread
             raise UnsupportedModelError(
                 f"it takes {images.shape[0]} images at a time ({type(error).__name__}: {_first_line(error)}); "
