@@ -20,15 +20,19 @@ from torch.utils.hooks import RemovableHandle
 from .attention import Attention, AttentionOperands
 from .borrowing import borrowed
 from .combination import Combination
-from .errors import CaptureError
+from .errors import CaptureError, UnsupportedModelError
 from .fusion import attend, fuses_well
 from .layout import TokenLayout
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .record import BlockRecord, Needs, State
+from .sparse_backward import SparseBackward
 from .state_tap import watch_state
 from .tap import AttentionTap, Instead
 from .targets import ExplainedScore
+
+_FEW = 0.25
+"""Share of the tokens, read by the head, up to which the last block's backward is sparse."""
 
 
 class Capture:
@@ -157,7 +161,7 @@ class Capture:
             if self.needs.backward is not None:
                 arrangement = self.adapter.blocks[0].arrangement
                 hooks.enter_context(self.needs.backward.watching(len(self.images), arrangement))
-            for handle in self._place_hooks(hooks):
+            for handle in [*self._shorten_backward(hooks), *self._place_hooks(hooks)]:
                 hooks.callback(handle.remove)
             output = self.adapter.logits(self._watched_images())
         self._check_records()
@@ -237,6 +241,20 @@ class Capture:
                 handles += tap.watch(self.adapter.pool.attention, self._keep_attention(self.pool, gradient=False))
             stack.enter_context(tap)
         return handles
+
+    def _shorten_backward(self, stack: ExitStack) -> list[RemovableHandle]:
+        """Of the last block, only the tokens that the head reads go back, where those are few."""
+        if not self.needs.gradient or self.needs.backward is not None or not self.blocks or self.adapter.pool:
+            return []
+        try:
+            read = self.adapter.seed(self.num_tokens).count_nonzero()
+        except UnsupportedModelError:
+            return []
+        if read > _FEW * self.num_tokens:
+            return []
+        last = self.blocks[-1].modules
+        sparse: SparseBackward = stack.enter_context(SparseBackward())
+        return sparse.watch(last.attention, last.block)
 
     def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
         def store(gradient: Tensor) -> None:

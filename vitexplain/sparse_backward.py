@@ -1,0 +1,66 @@
+"""A backward pass through linear maps that visits the tokens alone at which a gradient arrives.
+
+With a CLS head, nothing but the class token's gradient comes into the last block from above, and its feed-forward
+branch passes it on token by token. Autograd multiplies the zeros of all other tokens with the weights, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .modified_backward import on_graph, with_pullback
+
+_FEW = 0.5  # of the rows; gathering more costs what it saves
+
+
+class SparseBackward(TorchFunctionMode):
+    """Gives linear maps behind a block's attention a backward that leaves out rows without a gradient; it is exact.
+
+    Maps whose weights take part in the graph, or are no plain tensors, keep autograd's, and so does all under autocast.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._behind = False
+
+    def watch(self, attention: nn.Module, block: nn.Module) -> list[RemovableHandle]:
+        """Has what runs between the end of a block's attention and that of the block go back so."""
+
+        def enter(*_: Any) -> None:
+            self._behind = True
+
+        def leave(*_: Any) -> None:
+            self._behind = False
+
+        return [attention.register_forward_hook(enter), block.register_forward_hook(leave)]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if not self._behind or func is not F.linear:
+            return func(*args, **named)
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
+        state, weight, bias = given["input"], given["weight"], given.get("bias")
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == state.dtype
+        if not plain or not on_graph(state) or on_graph([weight, bias]) or torch.is_autocast_enabled(state.device.type):
+            return func(*args, **named)
+        return with_pullback(lambda: func(*args, **named), lambda each: (_transposed(each, weight),), state)
+
+
+def _transposed(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient · weight (…, in), of a gradient (…, out) many of whose rows may be zero."""
+    rows = gradient.flatten(0, -2)
+    busy = ((rows.amax(1) != 0) | (rows.amin(1) != 0)).nonzero().squeeze(1)  # not a norm: small squares vanish
+    if len(busy) > _FEW * len(rows):
+        return gradient @ weight
+    found = gradient.new_zeros(len(rows), weight.shape[1])
+    found[busy] = rows[busy] @ weight
+    return found.view(*gradient.shape[:-1], -1)
