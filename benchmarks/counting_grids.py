@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitexplain import Explainer, ExplanationWarning, adapt, create_method, list_methods
+from vitexplain import Explainer, ExplanationWarning, UnsupportedModelError, adapt, create_method, list_methods
 from vitexplain.data.counting_grids import CountingGrids, make_counting_grids
 from vitexplain.diffmask.checkpoint import TrainedGates, load_checkpoint
 from vitexplain.diffmask.constraint import divergence
@@ -142,7 +142,10 @@ def measure(trained: TrainedGates, model: nn.Module, test: CountingGrids) -> tup
     for name in list_methods(trainable=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExplanationWarning)  # a constant map is an answer too, and a wrong one
-            scores = Explainer(create_method(name, **OPTIONS.get(name, {})), model)(test.images).scores.flatten(1)
+            try:
+                scores = Explainer(create_method(name, **OPTIONS.get(name, {})), model)(test.images).scores.flatten(1)
+            except UnsupportedModelError:  # its products cancel on this model
+                continue
         rows[name] = figures({each: top_cells(scores, cells) for each, cells in answers.items()}, answers)
     change = divergence("distribution", found.logits, answer).mean().item()
     same = (answer.argmax(1) == found.logits.argmax(1)).float().mean().item()
@@ -169,9 +172,13 @@ def table(seeds: int, steps: int, learning: int, images: int) -> str:
         f"| method | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
     ]
-    for name in sorted(results[0], key=lambda name: -_over_seeds(results, name, "better: IoU").mean().item()):
+    everywhere = [name for name in results[0] if all(name in rows for rows in results)]
+    for name in sorted(everywhere, key=lambda name: -_over_seeds(results, name, "better: IoU").mean().item()):
         cells = [_cell(_over_seeds(results, name, column), column) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    left_out = sorted(set(list_methods(trainable=False)) - set(everywhere))
+    if left_out:
+        notes.append(f"- Without a map of at least one of the models, and so left out: {', '.join(left_out)}.")
     return "\n".join([*lines, "", *notes, ""])
 
 
