@@ -117,11 +117,22 @@ def test_weights_on_the_graph_keep_their_gradient(rows: list[int]) -> None:
     assert not rows
 
 
-def test_autocast_is_left_alone(rows: list[int]) -> None:
+def test_autocast_gives_gradients_in_the_precision_of_the_state(rows: list[int]) -> None:
     weight = torch.randn(4, 6)
     block, tokens = Block(lambda x: F.linear(x, weight)).requires_grad_(False), torch.randn(2, 5, 6, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = watched(block, tokens)
-    assert found.dtype == torch.bfloat16
-    found.float().sum().backward()  # type: ignore[no-untyped-call]
-    assert not rows
+    arriving = torch.zeros(2, 5, 4, dtype=torch.bfloat16)
+    arriving[0, 1] = torch.randn(4)
+
+    def behind(x: Tensor) -> Tensor:
+        return F.linear(x.float(), weight)
+
+    block.behind = behind
+    gradients = []
+    for call in (watched, lambda block, tokens: block(tokens)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = call(block, tokens)
+        assert found.dtype == torch.bfloat16
+        gradients += torch.autograd.grad(found, tokens, arriving)
+    assert rows == [1]
+    assert gradients[0].dtype == torch.float32
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.02, atol=0.02)

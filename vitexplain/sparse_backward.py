@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -23,7 +22,7 @@ _FEW = 0.5  # of the rows; gathering more costs what it saves
 class SparseBackward(TorchFunctionMode):
     """Gives linear maps behind a block's attention a backward that leaves out rows without a gradient; it is exact.
 
-    Maps whose weights take part in the graph, or are no plain tensors, keep autograd's, and so does all under autocast.
+    Maps whose weights take part in the graph, or are no plain tensors, or of another precision, keep autograd's.
     """
 
     def __init__(self) -> None:
@@ -50,13 +49,14 @@ class SparseBackward(TorchFunctionMode):
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
         state, weight, bias = given["input"], given["weight"], given.get("bias")
         plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == state.dtype
-        if not plain or not on_graph(state) or on_graph([weight, bias]) or torch.is_autocast_enabled(state.device.type):
+        if not plain or not on_graph(state) or on_graph([weight, bias]):
             return func(*args, **named)
         return with_pullback(lambda: func(*args, **named), lambda each: (_transposed(each, weight),), state)
 
 
 def _transposed(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient · weight (…, in), of a gradient (…, out) many of whose rows may be zero."""
+    gradient = gradient.to(weight.dtype)  # that of an autocast map is in half precision
     rows = gradient.flatten(0, -2)
     busy = ((rows.amax(1) != 0) | (rows.amin(1) != 0)).nonzero().squeeze(1)  # not a norm: small squares vanish
     if len(busy) > _FEW * len(rows):
