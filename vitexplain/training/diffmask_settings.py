@@ -32,11 +32,10 @@ class DiffMaskSettings:
         final_rate: share of both rates left at the last step, by a cosine from the end of warm-up; 1 keeps them.
         lookahead: Lookahead around Adam.
         averaging: decay, a step, of a running average of the gates, which is then what is evaluated and written; 0
-            takes the gates as they are. Gates and multiplier swing about each other; their average does not.
+            takes the gates as they are. Meant for gates and multipliers that swing about each other.
         shallowest_depth: share of the depths that no step ends at: k is drawn from the depths above. 0, as in the
-            paper, draws from all; 1 lets all gates take part in every step. Where the first patch embeddings do not
-            say what can go, gates that are alone in a step drop patches at random, and leave the deeper ones nothing
-            to choose from.
+            paper, draws from all; 1 lets all gates take part in every step. Meant for models whose first patch
+            embeddings do not say what can go.
         multiplier_start: λ at the start.
         multiplier_rate: learning rate of λ, by gradient ascent.
         multiplier_limits: smallest and largest λ.
