@@ -106,6 +106,13 @@ def test_dense_gradients_take_the_usual_way() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(block(tokens), tokens, arriving)[0])
 
 
+@pytest.mark.parametrize("row", [0, 9])
+def test_one_row_is_rounded_as_among_others(row: int) -> None:
+    gradient, weight = torch.zeros(2, 5, 288), torch.randn(288, 96)
+    gradient.view(10, 288)[row] = torch.randn(288)
+    torch.testing.assert_close(sparse_backward._transposed(gradient, weight), gradient @ weight, rtol=0, atol=0)
+
+
 def of_tokens(tokens: Tensor) -> Tensor:
     return F.linear(tokens, tokens[0, :4].tanh())
 
