@@ -75,7 +75,7 @@ def training_scenes(count: int, share: float, *, control: bool = False) -> tuple
     Args:
         count: how many pictures there are, those with masks among them.
         share: of them, how many have masks.
-        control: whether each mask is that of the next object instead.
+        control: whether each mask is that of an object of another picture instead.
 
     Returns:
         An example of each picture without masks, and one of each object with a mask: in its mask the other object of
@@ -90,8 +90,9 @@ def training_scenes(count: int, share: float, *, control: bool = False) -> tuple
         first, second = two[place], two[place + 1]
         annotated += [_without(first, second), _without(second, first)]
     if control:
+        # Two on, not one: the next example may be the other object of the same picture, whose mask does show an object.
         masks = [each.mask for each in annotated]
-        annotated = [replace(each, mask=mask) for each, mask in zip(annotated, masks[1:] + masks[:1], strict=True)]
+        annotated = [replace(each, mask=mask) for each, mask in zip(annotated, masks[2:] + masks[:2], strict=True)]
     return Examples([*one.entries[alone:], *two.entries[2 * together :: 2]]), annotated
 
 
