@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from vitexplain.benchmarks.patch_masks import (
     accuracy_change,
     is_right,
     measured,
+    of_position_alone,
+    requirement_of_control,
     requirements,
     training_scenes,
     with_trained,
@@ -135,3 +138,14 @@ def test_requirements_are_judged(plain: LoadedModel, sibling: LoadedModel, scene
     assert len(good) == 5
     assert not any("not met" in line for line in good)
     assert all("not met" in line for line in requirements(dict.fromkeys(places, with_trained(before, before)), lost))
+
+
+def test_a_control_is_judged_by_the_mean_mask(scenes: Sequence[Example]) -> None:
+    blank = replace(scenes[0], mask=np.ones_like(scenes[0].mask))
+    flat = of_position_alone([blank], scenes[:8])
+    share = np.mean([np.mean(np.asarray(each.mask)[np.asarray(each.mask) >= 0] == 1) for each in scenes[:8]])
+    assert flat.value == pytest.approx(share, abs=1e-3)  # a flat map ranks nothing: the share of the object is left
+    own = of_position_alone(scenes[:1], scenes[:1])
+    assert own.value > 0.9
+    assert "**met**" in requirement_of_control(Estimate(0.35, 0.30, 0.40, 8), Estimate(0.31, 0.25, 0.36, 8))
+    assert "**not met**" in requirement_of_control(Estimate(0.37, 0.32, 0.43, 8), Estimate(0.31, 0.25, 0.36, 8))
