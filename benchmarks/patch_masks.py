@@ -271,18 +271,19 @@ def report(
         for where in shown
     }
     change = accuracy_change(is_right(shipped, scenes), is_right(trained, scenes))
+    judged = requirements(found, change["change"])
+    if control is not None:
+        usual = measured(load_model(checkpoint=control), shown[ONE], ["pm"], LOCALISATION[:1])
+        of_others = usual.estimates["pm", LOCALISATION[0]][LOCALISATION[0]]
+        judged.append(requirement_of_control(of_others, of_position_alone(annotated, shown[ONE])))
     parts = [
         "# PM on the procedural scenes",
         f"Value [95 % interval]. Trained on {record['annotated']} objects with masks and {record['labelled']} scenes "
         f"without, for {record['wall_seconds']:.0f} s.",
         f"Accuracy on {test_scenes} test scenes, percent: {in_percent(change['before'])} as shipped, "
         f"{in_percent(change['after'])} trained on masks.",
-        "\n".join(requirements(found, change["change"])),
+        "\n".join(judged),
     ]
-    if control is not None:
-        usual = measured(load_model(checkpoint=control), shown[ONE], ["pm"], LOCALISATION[:1])
-        of_others = usual.estimates["pm", LOCALISATION[0]][LOCALISATION[0]]
-        parts.append(requirement_of_control(of_others, of_position_alone(annotated, shown[ONE])))
     for where, evaluation in found.items():
         parts += [f"## Localisation of {where}, {len(shown[where])} scenes; shares", evaluation.to_markdown()]
     parts += [
