@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from vitexplain.attention import widen
@@ -15,6 +16,8 @@ from vitexplain.registry import register_method
 from vitexplain.relevance import AttentionRelevance, RelevanceRules
 
 from .generic_attention import positive_gradient_attention
+
+_AT_A_TIME = 4  # so few that memory of states in double precision is used again, and not asked for anew each time
 
 
 @register_method(
@@ -50,6 +53,11 @@ class TransformerAttribution(ResidualMethod):
     def needs(self) -> Needs:
         """Attention and its gradient."""
         return replace(super().needs, attention_gradient=True)
+
+    def attribute(self, capture: Capture) -> Tensor:
+        """Scores (B, N), of a few images at a time."""
+        attribute, on_cpu = super().attribute, capture.images.device.type == "cpu"
+        return torch.cat([attribute(part) for part in capture.parts(_AT_A_TIME if on_cpu else len(capture.images))])
 
     def blocks(self, capture: Capture) -> list[BlockRecord]:
         """The blocks, with the relevance of attention in the place of attention."""

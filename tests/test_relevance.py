@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from families import all_families, make_images, make_model
+from families import FEW_FAMILIES, all_families, make_images, make_model
 from on_paper import FEATURES
 from references import Trace
 from relevance_references import AttnLRPReference, Baseline, Normalised, walk
 from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -222,6 +223,33 @@ def test_several_targets_are_one_forward_under_the_rules() -> None:
     for index in range(3):
         alone = get_explainer("transformer_attribution", model)(images, targets[:, index]).scores
         torch.testing.assert_close(together[:, index], alone)
+
+
+@pytest.mark.parametrize("kind", [*FEW_FAMILIES, "relative_positions", "several_attentions"])
+def test_a_few_images_at_a_time_give_the_same_maps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = make_model(kind), make_images(kind, batch=4)
+    explainer = get_explainer("transformer_attribution", model)
+    targets = torch.stack([torch.arange(len(images)) % 3, 2 - torch.arange(len(images)) % 2], 1)
+    at_once = explainer(images, targets).scores
+    counts: list[int] = []
+
+    def count(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        counts.append(len([*inputs, *named.values()][0]))
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    monkeypatch.setattr("vitexplain.methods.transformer_attribution._AT_A_TIME", 3)
+    in_parts = explainer(images, targets).scores
+    handle.remove()
+    assert counts == [4, 3, 1]
+    assert_same_map(in_parts, at_once, 1e-6)
+
+
+def test_windows_of_a_few_images_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SwinTransformer(img_size=32, patch_size=2, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 3))
+    explainer, images = get_explainer("transformer_attribution", model.eval()), torch.randn(3, 3, 32, 32)
+    at_once = explainer(images, [1, 2, 3]).scores
+    monkeypatch.setattr("vitexplain.methods.transformer_attribution._AT_A_TIME", 2)
+    assert_same_map(explainer(images, [1, 2, 3]).scores, at_once, 1e-6)
 
 
 def test_methods_of_different_rules_share_one_capture() -> None:

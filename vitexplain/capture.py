@@ -7,7 +7,7 @@ for: whatever lies below it is an ordinary forward without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -77,6 +77,7 @@ class Capture:
         self._score_gradient: Tensor | None = None
         self._image_gradient: Tensor | None = None
         self._others: dict[Needs, Capture] = {}
+        self._others_of_parts: dict[int, dict[Needs, Capture]] = {}
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
@@ -99,9 +100,13 @@ class Capture:
         """Lets go of the graph; the records stay readable."""
         self._tracked.clear()
         self._output = None
-        for other in self._others.values():
+        for other in self._all_others():
             other._let_go()
         self._others.clear()
+        self._others_of_parts.clear()
+
+    def _all_others(self) -> Iterator[Capture]:
+        return (each for others in (self._others, *self._others_of_parts.values()) for each in others.values())
 
     @property
     def classes(self) -> Tensor | None:
@@ -190,7 +195,7 @@ class Capture:
         for (tensor, store), gradient in zip(self._tracked, gradients[:-1], strict=True):
             store(torch.zeros_like(tensor) if gradient is None else gradient)
         self._score_gradient = gradients[-1]
-        for other in self._others.values():
+        for other in self._all_others():
             other._score_gradient = None
 
     def meeting(self, needs: Needs) -> Capture:
@@ -216,6 +221,40 @@ class Capture:
                 other.backward((other._output * self._score_gradient).sum(), retain_graph=True)
         other.explained = self.explained
         return other
+
+    def parts(self, count: int) -> Iterator[Capture]:
+        """This capture, so many images at a time, for `meeting` by rules that hold much of each image.
+
+        After the last target, what a part holds is gone when the next one comes. A part is not told what is explained.
+
+        Args:
+            count: images, >= 1; where there are no more than that, this capture itself is the only part.
+        """
+        if count >= len(self.images):
+            yield self
+            return
+        explained = self.explained
+        last = explained is None or explained.index + 1 == explained.target.count
+        for start in range(0, len(self.images), count):
+            part = self._part(slice(start, start + count))
+            part._others = self._others_of_parts.setdefault(start, part._others)
+            yield part
+            if last:
+                part._let_go()
+
+    def _part(self, images: slice) -> Capture:
+        part = Capture(self.adapter, self.needs)
+        part._context = self._context  # the model is borrowed already
+        part.images, part.logits, part.grid, part.layouts = (
+            self.images[images],
+            self.logits[images],
+            self.grid,
+            self.layouts,
+        )
+        part.blocks = [block.part(images) for block in self.blocks]
+        part.pool = None if self.pool is None else self.pool.part(images)
+        part._score_gradient = None if self._score_gradient is None else self._score_gradient[images]
+        return part
 
     def _watched_images(self) -> Tensor:
         if not self.needs.image_gradient:

@@ -21,6 +21,7 @@ from .modified_backward import with_transpose
 
 _STABILISER = 1e-9
 _FAR = 1e15  # so far from 1 single precision can square a number
+_ROWS = 512  # at a time on the CPU: what is made of more leaves the cache, and asks for memory anew
 _CANCELLED = 1e-2  # what share of all sizes a total has to be, to be taken as a difference of two
 
 
@@ -52,23 +53,24 @@ def linear_alpha_beta(
     Returns:
         R_i (…, D), as wide as `relevance`; its sum is that of `relevance`, up to outputs to which nothing contributes.
     """
+    weight_size = weight.abs()
 
     def rule(relevance: Tensor, state: Tensor, output: Tensor) -> Tensor:
-        positive = _positive_share(state, weight, output, relevance)
+        positive = _positive_share(state, weight, weight_size, output, relevance)
         if alpha == 1:
             return positive
-        return alpha * positive - (alpha - 1) * _positive_share(-state, weight, -output, relevance)
+        return alpha * positive - (alpha - 1) * _positive_share(-state, weight, weight_size, -output, relevance)
 
     return _by_rows(rule, relevance, state, state @ weight.T if output is None else output)
 
 
-def _positive_share(state: Tensor, weight: Tensor, output: Tensor, relevance: Tensor) -> Tensor:
+def _positive_share(state: Tensor, weight: Tensor, weight_size: Tensor, output: Tensor, relevance: Tensor) -> Tensor:
     """What positive contributions of states (T, D) get of the relevance (T, E); the z⁺ rule.
 
     A positive part is the mean of a number and its size, and so are sums of them: Σ (xw)⁺ = (Σ xw + Σ |x||w|) / 2. That
     is one product where the output is known, and where the positive contributions cancel in it, two others are exact.
     """
-    state_size, weight_size = state.abs(), weight.abs()
+    state_size = state.abs()
     sizes = state_size @ weight_size.T
     if torch.add(output, sizes, alpha=1 - 2 * _CANCELLED).amin() >= 0:
         unit = torch.div(relevance, sizes.add_(output).add_(2 * _STABILISER), out=sizes)  # half of R / Σ (xw)⁺
@@ -91,9 +93,15 @@ def _by_rows(rule: Callable[..., Tensor], relevance: Tensor, *states: Tensor) ->
     if len(some) < len(rows):
         shared = _by_rows(rule, rows[some], *(each[some] for each in kept))
         return rows.new_zeros(kept[0].shape).index_copy_(0, some, shared).view(states[0].shape)
-    if length.amin() > 1 / _FAR and length.amax() < _FAR:
-        return rule(rows.to(kept[0].dtype), *kept).to(rows.dtype).view(states[0].shape)
-    return rule((rows / length).to(kept[0].dtype), *kept).to(rows.dtype).mul_(length).view(states[0].shape)
+    near = length.amin() > 1 / _FAR and length.amax() < _FAR
+    result = rows.new_empty(kept[0].shape)
+    count = _ROWS if rows.device.type == "cpu" else len(rows)
+    for place, scale, arrived, *own in zip(*(each.split(count) for each in (result, length, rows, *kept)), strict=True):
+        if near:
+            place.copy_(rule(arrived.to(kept[0].dtype), *own))
+        else:
+            place.copy_(rule((arrived / scale).to(kept[0].dtype), *own)).mul_(scale)
+    return result.view(states[0].shape)
 
 
 def linear_signs_apart(state: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
@@ -179,10 +187,12 @@ def attention(operands: AttentionOperands, output: Tensor, relevance: Tensor) ->
         output: O (B, H, N, dh).
         relevance: the same shape.
     """
-    q, k, v = operands.q, operands.k, operands.v
+    # batches and heads apart from each other in memory would be copied for each tile anew
+    q, k, v = operands.q.contiguous(), operands.k.contiguous(), operands.v.contiguous()
+    operands = replace(operands, q=q, k=k, v=v)
     of_q = torch.empty_like(q)
     of_k, of_v = torch.zeros_like(k), torch.zeros_like(v)
-    unit_of_output = share(relevance, output).div_(2)
+    unit_of_output = share(relevance, output).div_(2).contiguous()
     for rows in row_tiles(operands):
         weights, queries, unit = operands.probabilities(rows), q[:, :, rows], unit_of_output[:, :, rows]
         of_v += weights.mT @ unit
