@@ -17,7 +17,7 @@ from vitexplain.relevance import AttentionRelevance, RelevanceRules
 
 from .generic_attention import positive_gradient_attention
 
-_AT_A_TIME = 4  # so few that memory of states in double precision is used again, and not asked for anew each time
+_AT_A_TIME = 3  # so few that memory of states in double precision is used again, and not asked for anew each time
 
 
 @register_method(

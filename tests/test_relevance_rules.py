@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitexplain import relevance_rules
 from vitexplain.attention import AttentionOperands
+from vitexplain.double_precision import Scratch
 from vitexplain.linear_relevance import epsilon_gradient, gamma_gradient
 
 
@@ -47,7 +48,9 @@ def test_linear_rule_is_that_of_each_contribution(alpha: float, known: bool, dty
     shares = [(each / each.sum(-1, keepdim=True)).nan_to_num(0) for each in signs]  # 0 / 0: nothing of nothing
     expected = ((alpha * shares[0] - (alpha - 1) * shares[1]) * relevance[..., None]).sum(-2)
     output = parts.sum(-1).to(dtype) if known else None
-    found = relevance_rules.linear_alpha_beta(state.to(dtype), weight.to(dtype), relevance, alpha, output)
+    found = relevance_rules.linear_alpha_beta(
+        state.to(dtype), weight.to(dtype), relevance, alpha, output=output, scratch=Scratch()
+    )
     assert found.dtype == torch.float64
     tolerance = 1e-6 if dtype == torch.float64 else 1e-4  # the stabiliser; a hundredth of seven digits
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())

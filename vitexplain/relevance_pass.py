@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import relevance_rules
-from .double_precision import wide, widely, writes_in_place
+from .double_precision import Scratch, wide, widely, writes_in_place
 from .errors import UnsupportedModelError
 from .layout import Arrangement
 from .modified_backward import (
@@ -93,7 +93,7 @@ class RelevancePass(ModifiedBackward):
 
     def __init__(self, batch: int, arrangement: Arrangement, *, alpha: float, normalised: bool) -> None:
         self._batch, self._arrangement = batch, arrangement
-        self._scratch: Tensor | None = None
+        self._scratch = Scratch()
         self._alpha, self._normalised = alpha, normalised
         rules: dict[Function, Rule] = dict.fromkeys(_PASSING, _pass)
         rules |= dict.fromkeys(GATE, _hold)
@@ -145,7 +145,7 @@ class RelevancePass(ModifiedBackward):
         # the sums of the other rules are not normalised, and magnify what rounding leaves
         precision = torch.promote_types(weight.dtype, torch.float32) if self._normalised else wide(weight).dtype
         with torch.no_grad():
-            output = F.linear(wide(state), self._widened(weight))
+            output = F.linear(wide(state), self._scratch.wide(weight))
             product = output.to(precision, copy=True)
             output = output if bias is None else output.add_(bias)
         held = state.detach().to(precision, copy=True)  # the model may go on to change the state in place
@@ -153,18 +153,13 @@ class RelevancePass(ModifiedBackward):
         def pullback(relevance: Tensor) -> tuple[Tensor]:
             if self._normalised:
                 alpha_beta = relevance_rules.linear_alpha_beta
-                return (alpha_beta(held, weight.to(precision), relevance, self._alpha, product),)
+                shared = alpha_beta(
+                    held, weight.to(precision), relevance, self._alpha, output=product, scratch=self._scratch
+                )
+                return (shared,)
             return (relevance_rules.linear_signs_apart(held, weight.to(precision), relevance),)
 
         return with_pullback(lambda: output, pullback, state)
-
-    def _widened(self, weight: Tensor) -> Tensor:
-        """`wide`, in memory that the next weight takes over: to get as much anew costs more than to fill it."""
-        if weight.dtype == torch.float64 or weight.device.type == "mps":
-            return weight
-        if self._scratch is None or self._scratch.numel() < weight.numel():
-            self._scratch = weight.new_empty(weight.numel(), dtype=torch.float64)
-        return self._scratch[: weight.numel()].view(weight.shape).copy_(weight)
 
     def _matrix_product(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
         left, right = args

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionOperands, row_tiles
+from .double_precision import Scratch
 from .modified_backward import with_transpose
 
 _STABILISER = 1e-9
@@ -31,12 +32,20 @@ def share(relevance: Tensor, total: Tensor) -> Tensor:
     The stabiliser 1e-9 is added to z whatever its sign, as in the released code of Chefer et al.
     """
     divisor = total + _STABILISER
-    divisor.masked_fill_((total == 0) | (divisor == 0), math.inf)
-    return relevance / divisor
+    nothing = (total == 0).logical_or_(divisor == 0)
+    if nothing.any():
+        divisor.masked_fill_(nothing, math.inf)
+    return torch.div(relevance, divisor, out=divisor) if relevance.dtype == divisor.dtype else relevance / divisor
 
 
 def linear_alpha_beta(
-    state: Tensor, weight: Tensor, relevance: Tensor, alpha: float = 1.0, output: Tensor | None = None
+    state: Tensor,
+    weight: Tensor,
+    relevance: Tensor,
+    alpha: float = 1.0,
+    *,
+    output: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     r"""The alpha-beta rule of a linear map, its bias left out; alpha = 1 is the z⁺ rule (Bach et al., eq. 60).
 
@@ -49,38 +58,45 @@ def linear_alpha_beta(
         relevance: R_j (…, E), of any precision.
         alpha: >= 1, how much of the relevance positive contributions take.
         output: x wᵀ (…, E) in the precision of the weight, where it is known; saves one product of four.
+        scratch: memory for what lies between.
 
     Returns:
         R_i (…, D), as wide as `relevance`; its sum is that of `relevance`, up to outputs to which nothing contributes.
     """
-    weight_size = weight.abs()
+    scratch = scratch or Scratch()
+    weights = weight, torch.abs(weight, out=scratch.like(weight, "size of weight"))
 
     def rule(relevance: Tensor, state: Tensor, output: Tensor) -> Tensor:
-        positive = _positive_share(state, weight, weight_size, output, relevance)
+        positive = _positive_share(state, *weights, output, relevance, scratch)
         if alpha == 1:
             return positive
-        return alpha * positive - (alpha - 1) * _positive_share(-state, weight, weight_size, -output, relevance)
+        positive = alpha * positive
+        return positive - (alpha - 1) * _positive_share(-state, *weights, -output, relevance, scratch)
 
-    return _by_rows(rule, relevance, state, state @ weight.T if output is None else output)
+    return _by_rows(rule, scratch, relevance, state, state @ weight.T if output is None else output)
 
 
-def _positive_share(state: Tensor, weight: Tensor, weight_size: Tensor, output: Tensor, relevance: Tensor) -> Tensor:
+def _positive_share(
+    state: Tensor, weight: Tensor, weight_size: Tensor, output: Tensor, relevance: Tensor, scratch: Scratch
+) -> Tensor:
     """What positive contributions of states (T, D) get of the relevance (T, E); the z⁺ rule.
 
     A positive part is the mean of a number and its size, and so are sums of them: Σ (xw)⁺ = (Σ xw + Σ |x||w|) / 2. That
     is one product where the output is known, and where the positive contributions cancel in it, two others are exact.
     """
-    state_size = state.abs()
-    sizes = state_size @ weight_size.T
-    if torch.add(output, sizes, alpha=1 - 2 * _CANCELLED).amin() >= 0:
+    state_size = torch.abs(state, out=scratch.like(state, "size"))
+    sizes = torch.mm(state_size, weight_size.T, out=scratch.like(output, "sizes"))
+    certain = torch.add(output, sizes, alpha=1 - 2 * _CANCELLED, out=scratch.like(output, "certain"))
+    if certain.amin() >= 0:
         unit = torch.div(relevance, sizes.add_(output).add_(2 * _STABILISER), out=sizes)  # half of R / Σ (xw)⁺
-        return state_size.mul_(unit @ weight_size).addcmul_(state, unit @ weight)
+        back = torch.mm(unit, weight_size, out=scratch.like(state, "back"))
+        return state_size.mul_(back).addcmul_(state, torch.mm(unit, weight, out=back))
     positive, negative, above, below = state.clamp(min=0), state.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
     unit = share(relevance, (positive @ above.T).addmm_(negative, below.T))
     return positive.mul_(unit @ above).addcmul_(negative, unit @ below)
 
 
-def _by_rows(rule: Callable[..., Tensor], relevance: Tensor, *states: Tensor) -> Tensor:
+def _by_rows(rule: Callable[..., Tensor], scratch: Scratch, relevance: Tensor, *states: Tensor) -> Tensor:
     """A rule of a linear map, on the rows (T, …) of relevance and states where there is any relevance.
 
     Relevance may be of any magnitude, and single precision is not: rows that are far from 1 are brought to length 1.
@@ -91,16 +107,15 @@ def _by_rows(rule: Callable[..., Tensor], relevance: Tensor, *states: Tensor) ->
     if len(some) == 0:
         return rows.new_zeros(states[0].shape)
     if len(some) < len(rows):
-        shared = _by_rows(rule, rows[some], *(each[some] for each in kept))
+        shared = _by_rows(rule, scratch, rows[some], *(each[some] for each in kept))
         return rows.new_zeros(kept[0].shape).index_copy_(0, some, shared).view(states[0].shape)
     near = length.amin() > 1 / _FAR and length.amax() < _FAR
     result = rows.new_empty(kept[0].shape)
     count = _ROWS if rows.device.type == "cpu" else len(rows)
     for place, scale, arrived, *own in zip(*(each.split(count) for each in (result, length, rows, *kept)), strict=True):
-        if near:
-            place.copy_(rule(arrived.to(kept[0].dtype), *own))
-        else:
-            place.copy_(rule((arrived / scale).to(kept[0].dtype), *own)).mul_(scale)
+        held = scratch.like(arrived, "relevance", kept[0].dtype)
+        shared = rule(held.copy_(arrived) if near else torch.div(arrived, scale, out=held), *own)
+        place.copy_(shared) if near else torch.mul(shared, scale, out=place)
     return result.view(states[0].shape)
 
 
@@ -120,7 +135,7 @@ def linear_signs_apart(state: Tensor, weight: Tensor, relevance: Tensor) -> Tens
         of_positive = share(relevance, positive @ above.T) @ above
         return positive.mul_(of_positive).addcmul_(negative, share(relevance, negative @ below.T) @ below)
 
-    return _by_rows(rule, relevance, state)
+    return _by_rows(rule, Scratch(), relevance, state)
 
 
 def addition(left: Tensor, right: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,11 +210,11 @@ def attention(operands: AttentionOperands, output: Tensor, relevance: Tensor) ->
     unit_of_output = share(relevance, output).div_(2).contiguous()
     for rows in row_tiles(operands):
         weights, queries, unit = operands.probabilities(rows), q[:, :, rows], unit_of_output[:, :, rows]
-        of_v += weights.mT @ unit
+        of_v.flatten(0, 1).baddbmm_(weights.mT.flatten(0, 1), unit.flatten(0, 1))
         of_weights = weights.mul_(unit @ v.mT)
         unit = share(of_weights, queries @ k.mT).div_(2)
         of_q[:, :, rows] = queries * (unit @ k)
-        of_k += unit.mT @ queries
+        of_k.flatten(0, 1).baddbmm_(unit.mT.flatten(0, 1), queries.flatten(0, 1))
     return of_q, k * of_k, v * of_v
 
 
