@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vitexplain import get_explainer, load_model
+from vitexplain.benchmarks.iavit_tasks import VARIANTS, scenes
 from vitexplain.data import open_dataset
 from vitexplain.data.example import Example
 from vitexplain.data.stripes import CLASSES, PATCH, SIZE, stripes_examples
@@ -56,30 +58,36 @@ def test_scenes() -> list[Example]:
     return list(open_dataset("scenes", split="test", count=150))
 
 
-def test_the_paired_regulariser_finds_objects_and_the_released_one_does_not(
+def test_trained_together_the_paired_regulariser_finds_objects_and_the_released_one_does_not(
+    tmp_path: Path, test_scenes: list[Example]
+) -> None:
+    task, found, agreement = scenes(steps=100, count=1_000), {}, {}
+    for reg in ("kl", "released"):
+        model, path = task.model(0), tmp_path / f"{reg}.safetensors"
+        train_iavit(model, task.training(), task.preprocessing, path, replace(task.settings, **VARIANTS[reg]))
+        explainer = load_iavit(path, model)
+        agreement[reg] = answers(explainer.subject.adapter, path, test_scenes, task.preprocessing).agreement
+        found[reg] = localisation(explainer([example.image for example in test_scenes]).scores, test_scenes)
+    print(found, agreement)
+    assert agreement["kl"] > 0.98
+    assert found["kl"].precision > 0.6
+    assert found["kl"].pointing > 0.85
+    assert found["kl"].precision - found["released"].precision > 0.3
+
+
+def test_behind_a_frozen_model_the_paired_regulariser_finds_objects(
     tmp_path: Path, model: LoadedModel, images: Tensor, test_scenes: list[Example]
 ) -> None:
-    recipe: dict[str, Any] = {
-        "images": 400,
-        "steps": 150,
-        "batch_size": 32,
-        "learning_rate": 2e-3,
-        "evaluate_every": 150,
-    }
+    path = tmp_path / "iavit.safetensors"
+    settings = IAViTSettings(images=400, steps=150, batch_size=32, learning_rate=2e-3, evaluate_every=150)
+    train_interpreter(model.model, [images], path, settings)
     inputs = model.preprocessing([example.image for example in test_scenes])
-    found, agreement = {}, {}
-    for reg, scaled in (("kl", True), ("released", False)):
-        path = tmp_path / f"{reg}.safetensors"
-        settings = IAViTSettings(**recipe, reg=reg, scale_logits=scaled)
-        train_interpreter(model.model, [images], path, settings)
-        explanation = get_explainer("iavit", model, checkpoint=str(path))(inputs)
-        found[reg] = localisation(explanation.scores, test_scenes)
-        agreement[reg] = answers(model.model, path, test_scenes, model.preprocessing).agreement
+    found = localisation(get_explainer("iavit", model, checkpoint=str(path))(inputs).scores, test_scenes)
+    agreement = answers(model.model, path, test_scenes, model.preprocessing).agreement
     print(found, agreement)
-    assert agreement["kl"] > 0.95
-    assert found["kl"].precision > 0.6
-    assert found["kl"].pointing > 0.75
-    assert found["kl"].precision - found["released"].precision > 0.3
+    assert agreement > 0.95
+    assert found.precision > 0.6
+    assert found.pointing > 0.75
 
 
 def test_imitation_alone_agrees_and_explains_nothing(tmp_path: Path) -> None:
@@ -105,4 +113,4 @@ def test_imitation_alone_agrees_and_explains_nothing(tmp_path: Path) -> None:
     print(found.predictor_accuracy, found.agreement, located)
     assert found.predictor_accuracy > 0.97
     assert found.agreement > 0.97
-    assert located.precision < 0.35
+    assert located.precision < 0.3
