@@ -22,9 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitexplain import get_explainer
 from vitexplain.data import Example, load_examples, open_dataset
+from vitexplain.diffmask.checkpoint import load_checkpoint
+from vitexplain.diffmask.constraint import divergence
+from vitexplain.diffmask.masking import MaskedModel, amortised_log_kept, hard_mask
 from vitexplain.files import write_whole
 from vitexplain.models.loading import LoadedModel
 from vitexplain.training.diffmask import DiffMaskSettings, train_diffmask
@@ -94,6 +98,40 @@ def measured(gates: Path, model: LoadedModel, examples: Sequence[Example], **opt
     return row(joined([method.report(model.model, explainer(images)) for images in inputs]))
 
 
+RIVALS = ("generic_attention", "contributions", "rollout", "raw_attention")
+
+
+@torch.no_grad()
+def of_the_same_number(gates: Path, model: LoadedModel, examples: Sequence[Example]) -> list[list[str]]:
+    """The masks beside as many patches chosen otherwise: by chance, or as the hottest of other methods.
+
+    All others are replaced by the gates' own vector each time, so that nothing differs but which patches are kept.
+
+    Returns:
+        A line a choice: its name, share kept, agreement and divergence.
+    """
+    adapter = model.subject.adapter
+    masked = MaskedModel(adapter)
+    trained = load_checkpoint(gates, adapter, torch.device("cpu"), torch.float32).gates
+    explainers = {name: get_explainer(name, model) for name in RIVALS}
+    found: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    for batch in load_examples(examples, model.preprocessing):
+        states = masked.read(batch.inputs)
+        mask = hard_mask(amortised_log_kept(trained, states))
+        number = mask.sum(1, keepdim=True)
+        ranked = {name: each(batch.inputs).scores.flatten(1) for name, each in explainers.items()}
+        ranked["by chance"] = torch.rand(mask.shape, generator=generator)
+        kept = {name: (scores.argsort(1, descending=True).argsort(1) < number) for name, scores in ranked.items()}
+        for name, chosen in {"gates": mask, **kept}.items():
+            answer = masked.logits(batch.inputs, chosen.to(mask.dtype), trained.replacement)
+            same = (answer.argmax(1) == states.logits.argmax(1)).float()
+            change = divergence("distribution", states.logits, answer, None)
+            found.setdefault(name, []).append(torch.stack([chosen.float().mean(1), same, change]))
+    means = {name: torch.cat(parts, 1).mean(1).tolist() for name, parts in found.items()}
+    return [[name, f"{kept:.1%}", f"{same:.1%}", f"{change:.3f}"] for name, (kept, same, change) in means.items()]
+
+
 def report(data: Path, gates: Path, refined: int) -> str:
     """Trains nothing; measures the masks, and those of the first few examples after a search, as Markdown."""
     card = json.loads(gates.with_suffix(".json").read_text(encoding="utf-8"))
@@ -106,12 +144,16 @@ def report(data: Path, gates: Path, refined: int) -> str:
             ["gates, refined", str(len(first)), *measured(gates, model, first, refine=True)],
         ]
     files, chosen_by, _ = photographs(data)
+    beside = markdown_table(["patches", "kept", "agreement", "divergence"], of_the_same_number(gates, model, examples))
     return (
         f"# Vision DiffMask on photographs\n\nViT-Ti, gates of step {card['result']['step']} of "
         f"{card['training']['steps']}, {_BATCH} of {len(files)} photographs a step, {card['wall_seconds']:.0f} s; "
         f"chosen by {len(chosen_by)} others. Hard masks of photographs that neither saw. Divergence in nats, "
         "its mean and its quantiles over images; all masked: its mean where every patch is replaced.\n\n"
-        f"{markdown_table(['masks', 'photographs', *HEADER], lines)}\n"
+        f"{markdown_table(['masks', 'photographs', *HEADER], lines)}\n\n"
+        f"As many patches of all {len(examples)} photographs chosen otherwise, the rest replaced by the gates' own "
+        "vector; divergence in nats, its mean:\n\n"
+        f"{beside}\n"
     )
 
 

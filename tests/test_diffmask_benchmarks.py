@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import vitexplain
+from vitexplain import load_model
 from vitexplain.benchmarks import counting_grids, diffmask_photographs, diffmask_scenes, diffmask_speed
 from vitexplain.benchmarks.counting_grids import agreement_with, figures, top_cells
+from vitexplain.data import open_dataset
 from vitexplain.diffmask.evaluation import MaskReport
 from vitexplain.training.diffmask import DiffMaskSettings
 
@@ -88,3 +91,13 @@ def test_photographs_to_train_on_and_to_test_on_are_apart(test_data: Path) -> No
     files = [example.image for example in tested]
     assert (len(trained), len(chosen_by), len(files)) == (1261, 64, 325)
     assert len({*trained, *chosen_by, *files}) == 1261 + 64 + 325
+
+
+def test_masks_stand_beside_as_many_patches_chosen_otherwise() -> None:
+    gates = Path(vitexplain.__file__).parent / "assets" / "scenes_diffmask.safetensors"
+    examples = open_dataset("scenes", split="test", count=12)
+    lines = diffmask_photographs.of_the_same_number(gates, load_model(), list(examples))
+    assert [name for name, *_ in lines] == ["gates", *diffmask_photographs.RIVALS, "by chance"]
+    assert len({kept for _, kept, *_ in lines}) == 1
+    divergence = {name: float(value) for name, *_, value in lines}
+    assert divergence["gates"] < 0.2 < divergence["by chance"]
