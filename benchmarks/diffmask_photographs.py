@@ -57,8 +57,8 @@ SETTINGS = DiffMaskSettings(
 
 A patch of a photograph changes the answer little, so a multiplier that begins high makes the gates keep all, and where
 they surely keep, nothing pulls them back. All gates take part in every step: what the shallow ones read does not say
-what a photograph shows, and to drop by it is to drop by chance. Slow steps, and the average of the gates, since gates and
-multiplier swing about each other.
+what a photograph shows, and to drop by it is to drop by chance. Steps are slow, and the average of the gates counts,
+since gates and multiplier swing about each other.
 """
 
 _BATCH = 16
