@@ -61,6 +61,9 @@ what a photograph shows, and to drop by it is to drop by chance. Steps are slow,
 since gates and multiplier swing about each other.
 """
 
+RIVALS = ("generic_attention", "contributions", "rollout", "raw_attention")
+"""Methods that need no training, whose hottest patches are kept instead."""
+
 _BATCH = 16
 _CHOSEN_BY = 64  # photographs held back from training, by which the best gates are chosen
 
@@ -102,9 +105,6 @@ def measured(gates: Path, model: LoadedModel, examples: Sequence[Example], **opt
     method: Any = explainer.method
     inputs = [batch.inputs for batch in load_examples(examples, model.preprocessing)]
     return row(joined([method.report(model.model, explainer(images)) for images in inputs]))
-
-
-RIVALS = ("generic_attention", "contributions", "rollout", "raw_attention")
 
 
 @torch.no_grad()

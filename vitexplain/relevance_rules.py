@@ -115,7 +115,9 @@ def _by_rows(rule: Callable[..., Tensor], scratch: Scratch, relevance: Tensor, *
     for place, scale, arrived, *own in zip(*(each.split(count) for each in (result, length, rows, *kept)), strict=True):
         held = scratch.like(arrived, "relevance", kept[0].dtype)
         shared = rule(held.copy_(arrived) if near else torch.div(arrived, scale, out=held), *own)
-        place.copy_(shared) if near else torch.mul(shared, scale, out=place)
+        place.copy_(shared)
+        if not near:
+            place.mul_(scale)
     return result.view(states[0].shape)
 
 
