@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from vitexplain.attention import widen
@@ -16,8 +15,6 @@ from vitexplain.registry import register_method
 from vitexplain.relevance import AttentionRelevance, RelevanceRules
 
 from .generic_attention import positive_gradient_attention
-
-_AT_A_TIME = 3  # so few that memory of states in double precision is used again, and not asked for anew each time
 
 
 @register_method(
@@ -39,31 +36,26 @@ class TransformerAttribution(ResidualMethod):
     factors of a product, and a split between the summands of a residual sum that is normalised over the image; what
     is normed, activated or soft-maxed passes its relevance on. Biases take none. Scores (B, N) >= 0.
 
-    It costs a second forward, in double precision, and three products a linear map going back. Relevance is divided by
-    activations that cross zero, and a forward in single precision does not know their sign: the released code, which
-    stays in single precision, differs from itself in double precision by a median of 3 % and at worst by the whole
-    map, while maps of a float32 and a float64 model agree here. Weights rounded to bfloat16 are another model, with
-    another map. Sums over an image go over that image alone, where the released code takes one image at a time; its
-    evaluation leaves the first block out (`start_layer=1`).
+    Its forward is in double precision, and three products a linear map go back beside the gradient. Relevance is
+    divided by activations that cross zero, and a forward in single precision does not know their sign: the released
+    code, which stays in single precision, differs from itself in double precision by a median of 3 % and at worst by
+    the whole map, while maps of a float32 and a float64 model agree here. Weights rounded to bfloat16 are another
+    model, with another map. Sums over an image go over that image alone, where the released code takes one image at a
+    time; its evaluation leaves the first block out (`start_layer=1`).
     """
 
     alpha: float = option(1.0, "weight of positive contributions to a linear map; 1 is the z⁺ rule", minimum=1)
 
     @property
     def needs(self) -> Needs:
-        """Attention and its gradient."""
-        return replace(super().needs, attention_gradient=True)
-
-    def attribute(self, capture: Capture) -> Tensor:
-        """Scores (B, N), of a few images at a time."""
-        attribute, on_cpu = super().attribute, capture.images.device.type == "cpu"
-        return torch.cat([attribute(part) for part in capture.parts(_AT_A_TIME if on_cpu else len(capture.images))])
+        """The relevance of attention; its gradient is met beside it."""
+        return replace(super().needs, attention_gradient=True, backward=RelevanceRules(alpha=self.alpha))
 
     def blocks(self, capture: Capture) -> list[BlockRecord]:
         """The blocks, with the relevance of attention in the place of attention."""
-        rules = RelevanceRules(alpha=self.alpha)
-        relevant = capture.meeting(replace(self.needs, backward=rules)).blocks[self.start_layer :]
-        pairs = zip(super().blocks(capture), relevant, strict=True)
+        relevant = super().blocks(capture)
+        plain = capture.meeting(replace(self.needs, backward=None)).blocks[self.start_layer :]
+        pairs = zip(plain, relevant, strict=True)
         return [block.with_attention(AttentionRelevance.of(other)) for block, other in pairs]
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:

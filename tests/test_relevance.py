@@ -237,18 +237,35 @@ def test_a_few_images_at_a_time_give_the_same_maps(kind: str, monkeypatch: pytes
         counts.append(len([*inputs, *named.values()][0]))
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    monkeypatch.setattr("vitexplain.methods.transformer_attribution._AT_A_TIME", 3)
+    monkeypatch.setattr("vitexplain.relevance._AT_A_TIME", 3)
     in_parts = explainer(images, targets).scores
     handle.remove()
-    assert counts == [4, 3, 1]
+    assert counts == [3, 3, 1, 1]
     assert_same_map(in_parts, at_once, 1e-6)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_every_form_of_target_is_cut_with_its_images(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = make_model("cls"), make_images("cls", batch=5)
+    methods = [create_method(name) for name in ("generic_attention", "transformer_attribution")[not together :]]
+    forms: list[Any] = [None, 2, [0, 1, 2, 0, 1], ([0, 1, 2, 0, 1], 2), lambda logits: logits[[0, 1, 2, 3, 4], 1]]
+    for form in forms:
+        whole = explain_with(methods, Subject.of(model), images, form)
+        with monkeypatch.context() as patched:
+            patched.setattr("vitexplain.relevance._AT_A_TIME", 2)
+            cut = explain_with(methods, Subject.of(model), images, form)
+        for one, other in zip(whole, cut, strict=True):
+            assert_same_map(other.scores, one.scores, 1e-6)
+            assert (other.targets is None) == (one.targets is None) == callable(form)
+            assert one.targets is None or torch.equal(other.targets, one.targets)
+            torch.testing.assert_close(other.logits, one.logits)
 
 
 def test_windows_of_a_few_images_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SwinTransformer(img_size=32, patch_size=2, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 3))
     explainer, images = get_explainer("transformer_attribution", model.eval()), torch.randn(3, 3, 32, 32)
     at_once = explainer(images, [1, 2, 3]).scores
-    monkeypatch.setattr("vitexplain.methods.transformer_attribution._AT_A_TIME", 2)
+    monkeypatch.setattr("vitexplain.relevance._AT_A_TIME", 2)
     assert_same_map(explainer(images, [1, 2, 3]).scores, at_once, 1e-6)
 
 
@@ -269,6 +286,19 @@ def test_methods_of_different_rules_share_one_capture() -> None:
     for method, explanation in zip(methods, together, strict=True):
         (alone,) = explain_with([method], Subject.of(model), images, (2, 5))
         torch.testing.assert_close(explanation.scores, alone.scores, rtol=1e-5, atol=1e-7)
+
+
+def test_relevance_that_is_shared_by_totals_goes_back_for_and_against_apart() -> None:
+    """Together the two are zero, and a share of zero is what rounding leaves."""
+    model, images = make_model("cls"), make_images("cls")
+    found = []
+    for classes, signs in (((2,), (1,)), ((5,), (1,)), ((2, 5), (1, -1)), ((2, 5), (3, -0.5))):
+        with Capture(model, Needs(attention_gradient=True, backward=RelevanceRules())) as capture:
+            logits = capture.forward(images)
+            capture.backward((logits[:, classes] * torch.tensor(signs)).sum())
+        found.append(torch.stack([block.output_gradient for block in capture.blocks]))
+    torch.testing.assert_close(found[2], found[0] - found[1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found[3], 3 * found[0] - 0.5 * found[1], rtol=1e-5, atol=1e-8)
 
 
 def test_relevance_of_a_contrast_starts_from_both_classes() -> None:

@@ -17,7 +17,6 @@ its parts, and may round differently.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +79,7 @@ class BalancedGradients(BackwardRules):
 
     split_attention: bool = False
 
-    def watching(self, batch: int, arrangement: Arrangement) -> AbstractContextManager[Any]:
+    def watching(self, batch: int, arrangement: Arrangement) -> ModifiedBackward:
         """The mode that applies the rules."""
         return ModifiedBackward(self.rules())
 

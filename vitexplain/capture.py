@@ -7,7 +7,7 @@ for: whatever lies below it is an ordinary forward without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -23,8 +23,10 @@ from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
 from .fusion import attend, fuses_well
 from .layout import TokenLayout
+from .linear_products import KnownProducts, LinearProducts
 from .models import adapt
 from .models.adapter import ModelAdapter
+from .modified_backward import gradients, gradients_by_sign
 from .record import BlockRecord, Needs, State
 from .sparse_backward import SparseBackward
 from .state_tap import watch_state
@@ -77,7 +79,7 @@ class Capture:
         self._score_gradient: Tensor | None = None
         self._image_gradient: Tensor | None = None
         self._others: dict[Needs, Capture] = {}
-        self._others_of_parts: dict[int, dict[Needs, Capture]] = {}
+        self._products: LinearProducts | None = None
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
@@ -100,13 +102,11 @@ class Capture:
         """Lets go of the graph; the records stay readable."""
         self._tracked.clear()
         self._output = None
-        for other in self._all_others():
+        if self._products is not None:
+            self._products.clear()
+        for other in self._others.values():
             other._let_go()
         self._others.clear()
-        self._others_of_parts.clear()
-
-    def _all_others(self) -> Iterator[Capture]:
-        return (each for others in (self._others, *self._others_of_parts.values()) for each in others.values())
 
     @property
     def classes(self) -> Tensor | None:
@@ -165,7 +165,10 @@ class Capture:
         with ExitStack() as hooks:
             if self.needs.backward is not None:
                 arrangement = self.adapter.blocks[0].arrangement
-                hooks.enter_context(self.needs.backward.watching(len(self.images), arrangement))
+                mode = hooks.enter_context(self.needs.backward.watching(len(self.images), arrangement))
+                self._products = mode.products
+            elif self._products is not None:
+                hooks.enter_context(KnownProducts(self._products))
             for handle in [*self._shorten_backward(hooks), *self._place_hooks(hooks)]:
                 hooks.callback(handle.remove)
             output = self.adapter.logits(self._watched_images())
@@ -190,19 +193,22 @@ class Capture:
                 "the score carries no gradient: make it of the logits that Capture.forward returned, with "
                 "differentiable operations, and ask for gradients in Needs"
             )
-        tensors = [tensor for tensor, _ in self._tracked]
-        gradients = torch.autograd.grad(score, [*tensors, self._output], retain_graph=retain_graph, allow_unused=True)
-        for (tensor, store), gradient in zip(self._tracked, gradients[:-1], strict=True):
-            store(torch.zeros_like(tensor) if gradient is None else gradient)
-        self._score_gradient = gradients[-1]
-        for other in self._all_others():
+        rules = self.needs.backward
+        gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
+        found, self._score_gradient = gradients_of(
+            score, self._output, [tensor for tensor, _ in self._tracked], retain_graph
+        )
+        for (_, store), gradient in zip(self._tracked, found, strict=True):
+            store(gradient)
+        for other in self._others.values():
             other._score_gradient = None
 
     def meeting(self, needs: Needs) -> Capture:
         """What these needs ask for, of the same images and score, by their own backward rules.
 
         That is this capture, if it follows the same rules; else a second one, whose forward runs once for all targets,
-        and whose backward is that of the score to which this capture's last one belongs.
+        and whose backward is that of the score to which this capture's last one belongs. What linear maps gave in
+        double precision is not computed again.
 
         Raises:
             CaptureError: there was no backward pass yet.
@@ -215,46 +221,13 @@ class Capture:
             other = self._others.get(needs) or Capture(self.adapter, needs)
             if needs not in self._others:
                 other._context = self._context  # the model is borrowed already
+                other._products = self._products
                 other.forward(self.images)
                 self._others[needs] = other
             if other._score_gradient is None and other._output is not None:
                 other.backward((other._output * self._score_gradient).sum(), retain_graph=True)
         other.explained = self.explained
         return other
-
-    def parts(self, count: int) -> Iterator[Capture]:
-        """This capture, so many images at a time, for `meeting` by rules that hold much of each image.
-
-        After the last target, what a part holds is gone when the next one comes. A part is not told what is explained.
-
-        Args:
-            count: images, >= 1; where there are no more than that, this capture itself is the only part.
-        """
-        if count >= len(self.images):
-            yield self
-            return
-        explained = self.explained
-        last = explained is None or explained.index + 1 == explained.target.count
-        for start in range(0, len(self.images), count):
-            part = self._part(slice(start, start + count))
-            part._others = self._others_of_parts.setdefault(start, part._others)
-            yield part
-            if last:
-                part._let_go()
-
-    def _part(self, images: slice) -> Capture:
-        part = Capture(self.adapter, self.needs)
-        part._context = self._context  # the model is borrowed already
-        part.images, part.logits, part.grid, part.layouts = (
-            self.images[images],
-            self.logits[images],
-            self.grid,
-            self.layouts,
-        )
-        part.blocks = [block.part(images) for block in self.blocks]
-        part.pool = None if self.pool is None else self.pool.part(images)
-        part._score_gradient = None if self._score_gradient is None else self._score_gradient[images]
-        return part
 
     def _watched_images(self) -> Tensor:
         if not self.needs.image_gradient:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,9 @@ from .attention import Attention
 from .errors import UnsupportedModelError
 from .layout import Arrangement
 from .tap import multi_head
+
+if TYPE_CHECKING:
+    from .linear_products import LinearProducts
 
 Function = Callable[..., Any]
 
@@ -47,8 +49,17 @@ GATE: frozenset[Function] = frozenset(
 class BackwardRules(ABC):
     """Rules of a backward pass; a frozen dataclass, so that needs with the same rules are equal."""
 
+    @property
+    def linear(self) -> bool:
+        """Whether what arrives at a tensor is linear in what leaves the output, as a derivative is."""
+        return True
+
+    def images_at_a_time(self, device: torch.device) -> int | None:
+        """How many images a capture by these rules takes at most on a device; None for any number."""
+        return None
+
     @abstractmethod
-    def watching(self, batch: int, arrangement: Arrangement) -> AbstractContextManager[Any]:
+    def watching(self, batch: int, arrangement: Arrangement) -> ModifiedBackward:
         """What is entered around the forward.
 
         Args:
@@ -109,6 +120,32 @@ def with_transpose(
     return result.detach(), transpose
 
 
+def gradients(
+    score: Tensor, output: Tensor, tensors: Sequence[Tensor], retain_graph: bool
+) -> tuple[list[Tensor], Tensor]:
+    """What arrives at tensors from a score () of the model's output, zero where nothing does; and at the output."""
+    *found, arrived = torch.autograd.grad(score, [*tensors, output], retain_graph=retain_graph, materialize_grads=True)
+    return found, arrived
+
+
+def gradients_by_sign(
+    score: Tensor, output: Tensor, tensors: Sequence[Tensor], retain_graph: bool
+) -> tuple[list[Tensor], Tensor]:
+    """The same, where what leaves the output above zero and below goes back apart, and is added on arrival.
+
+    Rules that share by totals have nothing to share of one class against another: together the two are zero.
+    """
+    (arrived,) = torch.autograd.grad(score, output, retain_graph=retain_graph)
+    parts = [part for part in (arrived.clamp(min=0), arrived.clamp(max=0)) if part.any()] or [arrived]
+    found = [
+        torch.autograd.grad(
+            output, tensors, part, retain_graph=retain_graph or part is not parts[-1], materialize_grads=True
+        )
+        for part in parts
+    ]
+    return [sum(rest, first) for first, *rest in zip(*found, strict=True)], arrived
+
+
 def scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
     """The same values; whatever comes back is multiplied by a factor."""
     if not tensor.requires_grad:
@@ -123,6 +160,12 @@ def on_graph(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
     return isinstance(value, list | tuple) and any(on_graph(each) for each in value)
+
+
+def linear_arguments(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """State, weight and bias, or None, of a call of `F.linear`."""
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(named)
+    return given["input"], given["weight"], given.get("bias")
 
 
 def name_of(function: Function) -> str:
@@ -143,7 +186,12 @@ class ModifiedBackward(TorchFunctionMode):
 
     Args:
         rules: a rule for each function that gets one.
+
+    Attributes:
+        products: what linear maps gave, where that serves a second forward.
     """
+
+    products: LinearProducts | None = None
 
     def __init__(self, rules: Mapping[Function, Rule]) -> None:
         super().__init__()

@@ -111,10 +111,6 @@ class Change:
             product = torch.einsum("bnd,bnd->bn", before, after)  # makes no tensor of the states' size
         return cls(before.norm(dim=-1), after.norm(dim=-1), product)
 
-    def part(self, images: slice) -> Change:
-        """Of some images of the batch."""
-        return Change(self.before[images], self.after[images], self.product[images])
-
 
 @dataclass(eq=False)
 class BlockRecord:
@@ -235,19 +231,6 @@ class BlockRecord:
         """This block, another matrix in the place of its attention; its gradient is the same."""
         modules = replace(self.modules, combination=Combination())
         return replace(self, modules=modules, _calls=[attention], _output_gradients={0: self.output_gradient})
-
-    def part(self, images: slice) -> BlockRecord:
-        """What was captured of some images of the batch."""
-        windows = 1 if self.windows is None else len(self.windows.places)
-        calls = slice(windows * images.start, windows * images.stop)
-        return replace(
-            self,
-            _calls=[each.part(calls) for each in self._calls],
-            _output_gradients={index: each[calls] for index, each in self._output_gradients.items()},
-            _states={kind: each[images] for kind, each in self._states.items()},
-            _state_gradients={kind: each[images] for kind, each in self._state_gradients.items()},
-            _changes={pair: each.part(images) for pair, each in self._changes.items()},
-        )
 
     @property
     def layout(self) -> TokenLayout:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from .relevance_pass import ALTERNATIVES, RelevancePass
 if TYPE_CHECKING:
     from .record import BlockRecord
 
+_AT_A_TIME = 4
+
 
 @dataclass(frozen=True)
 class RelevanceRules(BackwardRules):
@@ -35,7 +36,16 @@ class RelevanceRules(BackwardRules):
     alpha: float = 1.0
     normalised: bool = True
 
-    def watching(self, batch: int, arrangement: Arrangement) -> AbstractContextManager[Any]:
+    @property
+    def linear(self) -> bool:
+        """Not where sums share by their totals: relevance for and against then goes back apart."""
+        return not self.normalised
+
+    def images_at_a_time(self, device: torch.device) -> int | None:
+        """Few on the CPU: memory of states in double precision is then used again, and not asked for anew each time."""
+        return _AT_A_TIME if device.type == "cpu" else None
+
+    def watching(self, batch: int, arrangement: Arrangement) -> RelevancePass:
         """The mode that applies the rules, in double precision where the device has it."""
         return RelevancePass(batch, arrangement, alpha=self.alpha, normalised=self.normalised)
 

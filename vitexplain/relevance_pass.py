@@ -23,6 +23,7 @@ from . import relevance_rules
 from .double_precision import Scratch, wide, widely, writes_in_place
 from .errors import UnsupportedModelError
 from .layout import Arrangement
+from .linear_products import LinearProducts
 from .modified_backward import (
     DIVIDE,
     GATE,
@@ -33,6 +34,7 @@ from .modified_backward import (
     Function,
     ModifiedBackward,
     Rule,
+    linear_arguments,
     on_graph,
     refuse,
     with_pullback,
@@ -94,6 +96,7 @@ class RelevancePass(ModifiedBackward):
     def __init__(self, batch: int, arrangement: Arrangement, *, alpha: float, normalised: bool) -> None:
         self._batch, self._arrangement = batch, arrangement
         self._scratch = Scratch()
+        self.products: LinearProducts = LinearProducts()
         self._alpha, self._normalised = alpha, normalised
         rules: dict[Function, Rule] = dict.fromkeys(_PASSING, _pass)
         rules |= dict.fromkeys(GATE, _hold)
@@ -120,6 +123,8 @@ class RelevancePass(ModifiedBackward):
 
     def below(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Any:
         """One call on tensors that are no part of the graph."""
+        if func is F.linear:
+            return self._wide_linear(*linear_arguments(args, named))[0]
         return func(*args, **named) if writes_in_place(func) else widely(func, args, named)
 
     def call(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Any:
@@ -134,20 +139,15 @@ class RelevancePass(ModifiedBackward):
         return result
 
     def _linear(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
-        state, weight = given["input"], given["weight"]
+        state, weight, bias = linear_arguments(args, named)
         if on_graph(weight):
             raise _refused(func)
-        return self._linear_map(state, weight, given.get("bias"))
+        return self._linear_map(state, weight, bias)
 
     def _linear_map(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x wᵀ + b in double precision; the normalised rule is in that of the weight, since signs are settled."""
-        # the sums of the other rules are not normalised, and magnify what rounding leaves
-        precision = torch.promote_types(weight.dtype, torch.float32) if self._normalised else wide(weight).dtype
-        with torch.no_grad():
-            output = F.linear(wide(state), self._scratch.wide(weight))
-            product = output.to(precision, copy=True)
-            output = output if bias is None else output.add_(bias)
+        output, product = self._wide_linear(state, weight, bias)
+        precision = self._precision(weight)
         held = state.detach().to(precision, copy=True)  # the model may go on to change the state in place
 
         def pullback(relevance: Tensor) -> tuple[Tensor]:
@@ -160,6 +160,20 @@ class RelevancePass(ModifiedBackward):
             return (relevance_rules.linear_signs_apart(held, weight.to(precision), relevance),)
 
         return with_pullback(lambda: output, pullback, state)
+
+    def _wide_linear(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x wᵀ + b in double precision; and x wᵀ in that of the rule, where the rule reads it."""
+        with torch.no_grad():
+            output = F.linear(wide(state), self._scratch.wide(weight))
+            product = output.to(self._precision(weight), copy=True) if self._normalised else None
+            output = output if bias is None else output.add_(bias)
+        if product is not None:
+            self.products.keep(state, weight, product)
+        return output, product
+
+    def _precision(self, weight: Tensor) -> torch.dtype:
+        """Of the rule of a linear map: sums of rules that are not normalised magnify what rounding leaves."""
+        return torch.promote_types(weight.dtype, torch.float32) if self._normalised else wide(weight).dtype
 
     def _matrix_product(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
         left, right = args

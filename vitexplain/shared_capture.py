@@ -16,7 +16,7 @@ from .errors import CaptureError
 from .method import Method
 from .models.adapter import ModelAdapter
 from .modified_backward import BackwardRules
-from .targets import ExplainedScore, ResolvedTarget, Target, resolve_target
+from .targets import ExplainedScore, ResolvedTarget, Target, is_function, resolve_target, select_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,17 @@ class Attributed:
     logits: Tensor
     target: ResolvedTarget
     maps: list[tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def concatenate(parts: Sequence[Attributed]) -> Attributed:
+        """One batch of several, none of whose targets is a function."""
+        maps = zip(*(part.maps for part in parts), strict=True)
+        return Attributed(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.logits for part in parts]),
+            ResolvedTarget.concatenate([part.target for part in parts]),
+            [(torch.cat(scores), torch.cat(shares)) for scores, shares in (zip(*each, strict=True) for each in maps)],
+        )
 
 
 def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target) -> Attributed:
@@ -56,7 +67,7 @@ def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images:
     for places in groups:
         known: Target | ResolvedTarget = parts[0].target if parts else target
         given = parts[0].images if parts else images
-        parts.append(_attribute([methods[place] for place in places], adapter, given, known))
+        parts.append(_attribute_in_turn([methods[place] for place in places], adapter, given, known))
     maps = dict(zip(chain(*groups), chain(*(part.maps for part in parts)), strict=True))
     return replace(parts[0], maps=[maps[place] for place in range(len(methods))])
 
@@ -67,6 +78,23 @@ def _by_backward(methods: Sequence[Method]) -> list[list[int]]:
     for place, method in enumerate(methods):
         groups.setdefault(method.needs.backward, []).append(place)
     return [places for places in groups.values() if places]
+
+
+def _attribute_in_turn(
+    methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target | ResolvedTarget
+) -> Attributed:
+    """Scores of one batch by methods with the same rules, of as many images at a time as these take."""
+    rules = methods[0].needs.backward
+    step = None if rules is None else rules.images_at_a_time(images.device)
+    # a function of the logits may treat the images of its batch differently, and is shown all of them
+    if step is None or step >= len(images) or is_function(target):
+        return _attribute(methods, adapter, images, target)
+    parts = []
+    for start in range(0, len(images), step):
+        rows = slice(start, min(start + step, len(images)))
+        theirs = target.of_images(rows) if isinstance(target, ResolvedTarget) else select_target(target, rows)
+        parts.append(_attribute(methods, adapter, images[rows], theirs))
+    return Attributed.concatenate(parts)
 
 
 def _attribute(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .modified_backward import on_graph, with_pullback
+from .modified_backward import linear_arguments, on_graph, with_pullback
 
 _FEW = 0.5  # of the rows; gathering more costs what it saves
 
@@ -47,8 +47,7 @@ class SparseBackward(TorchFunctionMode):
         named = kwargs or {}
         if not self._behind or func is not F.linear:
             return func(*args, **named)
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
-        state, weight, bias = given["input"], given["weight"], given.get("bias")
+        state, weight, bias = linear_arguments(args, named)
         plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == state.dtype
         if not plain or not on_graph(state) or on_graph([weight, bias]):
             return func(*args, **named)

@@ -61,12 +61,20 @@ class ResolvedTarget:
         """(B,) classes of target number `index`; None where it is a contrast or a function."""
         return None if self.classes is None or self.against is not None else self.classes[:, index]
 
-    def of_images(self, rows: Tensor) -> ResolvedTarget:
-        """The targets of some images (n,) int64, which may be named more than once."""
-        classes, against = (
-            None if each is None else each[rows.to(each.device)] for each in (self.classes, self.against)
-        )
-        return replace(self, classes=classes, against=against)
+    def of_images(self, rows: Tensor | slice) -> ResolvedTarget:
+        """The targets of some images: a slice, or (n,) int64, which may name one more than once."""
+
+        def of(classes: Tensor | None) -> Tensor | None:
+            return None if classes is None else classes[rows if isinstance(rows, slice) else rows.to(classes.device)]
+
+        return replace(self, classes=of(self.classes), against=of(self.against))
+
+    @staticmethod
+    def concatenate(targets: Sequence[ResolvedTarget]) -> ResolvedTarget:
+        """The targets of several batches in one, where none is a function."""
+        ours = [each.classes for each in targets if each.classes is not None]
+        theirs = [each.against for each in targets if each.against is not None]
+        return replace(targets[0], classes=torch.cat(ours), against=torch.cat(theirs) if theirs else None)
 
     def explained_classes(self) -> Tensor | None:
         """(B,) or (B, K) classes, as the target was given."""
@@ -157,6 +165,13 @@ def check_length(target: Target, batch: int) -> None:
         listed = isinstance(side, list) or (isinstance(side, Tensor | np.ndarray) and side.ndim > 0)
         if listed and len(side) != batch:
             raise TargetError(f"found a target with {len(side)} entries for {batch} images, expected {FORMS}")
+
+
+def is_function(target: Target | ResolvedTarget) -> bool:
+    """Whether a target is a function of the logits, as a user passes it or resolved."""
+    if isinstance(target, ResolvedTarget):
+        return target.function is not None
+    return callable(target) and not isinstance(target, Tensor)
 
 
 def select_target(target: Target, rows: slice) -> Target:
