@@ -15,13 +15,19 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     Checkpointing would run blocks a second time in the backward pass, when nothing watches them.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # there are hundreds of modules: to ask one for what it lacks, or to walk them once more, is dear
     checkpointed = [
         (module, name)
         for module, _ in modes
         for name in ("grad_checkpointing", "gradient_checkpointing")
-        if getattr(module, name, False) is True
+        if vars(module).get(name, getattr(type(module), name, False)) is True
     ]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
+    trainable = [
+        parameter
+        for module, _ in modes
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.requires_grad and parameter.is_leaf
+    ]
     try:
         for module, training in modes:
             if training:  # a write on a module is dear, and there are hundreds

@@ -169,7 +169,8 @@ class Capture:
                 self._products = mode.products
             elif self._products is not None:
                 hooks.enter_context(KnownProducts(self._products))
-            for handle in [*self._shorten_backward(hooks), *self._place_hooks(hooks)]:
+            # behind attention the one watch ends before the other begins
+            for handle in [*self._place_hooks(hooks), *self._shorten_backward(hooks)]:
                 hooks.callback(handle.remove)
             output = self.adapter.logits(self._watched_images())
         self._check_records()

@@ -95,15 +95,16 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
     """A with its heads fused, and O = A v (B, H, N, dh); image by image, so that A stays in the cache."""
     batch, heads, tokens, keys = operands.shape
     matrix = operands.q.new_empty(batch, 1, tokens, keys)
-    output = operands.v.new_empty(batch, tokens, heads, operands.v.shape[-1]).transpose(1, 2)
+    output = operands.v.new_empty(batch, heads, tokens, operands.v.shape[-1])
     unused, share = matrix.new_empty(()), matrix.new_full((1, heads), 1 / heads)
-    for image, (q, k, v) in enumerate(zip(operands.q, operands.k, operands.v, strict=True)):
+    for image in range(batch):
+        q, k, v = operands.q[image], operands.k[image], operands.v[image]
         weights = torch.baddbmm(unused, q, k.mT, beta=0, alpha=operands.scale).softmax(-1)
         if fusion == "mean":  # a matrix product is the faster sum over a few heads
             torch.mm(share, weights.flatten(1), out=matrix[image].flatten(1))
         else:
             FUSE[fusion](weights, 0, out=matrix[image, 0])
-        output[image] = torch.bmm(weights, v)
+        torch.bmm(weights, v, out=output[image])
     return FusedAttention(matrix, fusion == "mean"), output
 
 

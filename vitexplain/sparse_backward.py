@@ -12,32 +12,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .modified_backward import linear_arguments, on_graph, with_pullback
+from .scoped_mode import ScopedMode
 
 _FEW = 0.5  # of the rows; gathering more costs what it saves
 
 
-class SparseBackward(TorchFunctionMode):
+class SparseBackward(ScopedMode):
     """Gives linear maps behind a block's attention a backward that leaves out rows without a gradient; it is exact.
 
     Maps whose weights take part in the graph, or are no plain tensors, or of another precision, keep autograd's.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._behind = False
-
     def watch(self, attention: nn.Module, block: nn.Module) -> list[RemovableHandle]:
         """Has what runs between the end of a block's attention and that of the block go back so."""
 
         def enter(*_: Any) -> None:
-            self._behind = True
+            self.switch(True)
 
         def leave(*_: Any) -> None:
-            self._behind = False
+            self.switch(False)
 
         return [attention.register_forward_hook(enter), block.register_forward_hook(leave)]
 
@@ -45,7 +41,7 @@ class SparseBackward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        if not self._behind or func is not F.linear:
+        if func is not F.linear:
             return func(*args, **named)
         state, weight, bias = linear_arguments(args, named)
         plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == state.dtype

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .attention import Attention, AttentionOperands, GivenAttention
 from .errors import CaptureError
+from .scoped_mode import ScopedMode
 
 Seen = Callable[[Attention, Tensor], Tensor]
 """Takes one attention and the tensor to track for it, its output (B, H, N, dh) or, where it was written by hand, A
@@ -32,26 +32,12 @@ itself (B, H, N, N); returns what the model goes on with."""
 Instead = Callable[[AttentionOperands], "Tensor | None"]
 """Computes the output (B, H, N, dh) of one attention in the place of the fused kernel; None leaves it to that."""
 
-_SDPA_DEFAULTS = {
-    "attn_mask": None,
-    "dropout_p": 0.0,
-    "is_causal": False,
-    "scale": None,
-    "enable_gqa": False,
-}
-SDPA_SIGNATURE = inspect.Signature(
-    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("query", "key", "value")]
-    + [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
-        for name, default in _SDPA_DEFAULTS.items()
-    ]
-)
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax})
 _PRODUCT = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__})
 
 
-class AttentionTap(TorchFunctionMode):
+class AttentionTap(ScopedMode):
     """Hands the attention calls inside watched modules on; calls elsewhere pass untouched.
 
     Args:
@@ -72,9 +58,11 @@ class AttentionTap(TorchFunctionMode):
 
         def enter(*_: Any) -> None:
             self._inside.append(_Watched(seen, instead))
+            self.switch(True)
 
         def leave(*_: Any) -> None:
             self._inside.pop()
+            self.switch(bool(self._inside))
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
@@ -82,8 +70,6 @@ class AttentionTap(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        if not self._inside:
-            return func(*args, **named)
         watched = self._inside[-1]
         if func is F.scaled_dot_product_attention:
             return self._fused(watched, attention_operands(*args, **named), lambda: func(*args, **named))
@@ -181,19 +167,27 @@ def _written_out(func: Callable[..., Any], args: Sequence[Any]) -> _WrittenOut |
     return written if weights.ndim in (3, 4) and written.values.ndim == weights.ndim and keys == tokens else None
 
 
-def attention_operands(*args: Any, **kwargs: Any) -> AttentionOperands:
+def attention_operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionOperands:
     """What a call of `scaled_dot_product_attention` with these arguments is given, detached."""
-    bound = SDPA_SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = bound.arguments
-    q, k, v = (call[name].detach() for name in ("query", "key", "value"))
-    if call["enable_gqa"]:
+    q, k, v = query.detach(), key.detach(), value.detach()
+    if enable_gqa:
         k, v = (tensor.repeat_interleave(q.shape[-3] // tensor.shape[-3], dim=-3) for tensor in (k, v))
-    bias = call["attn_mask"]
-    if call["is_causal"]:
+    bias = None if attn_mask is None else attn_mask.detach()
+    if is_causal:
         bias = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    scale = q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
-    return AttentionOperands(q, k, v, float(scale), None if bias is None else bias.detach())
+    return AttentionOperands(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale), bias)
+
+
+SDPA_SIGNATURE = inspect.signature(attention_operands)
 
 
 def multi_head(
