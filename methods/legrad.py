@@ -37,9 +37,9 @@ class LeGrad(GradientMethod):
         y^l = \mathrm{head}(\mathrm{norm}(\mathrm{pool}(x^l)))
 
     with :math:`x^l` the tokens that leave block l. No attention value enters, and no block is followed into another:
-    the score of a block goes back through that block alone, from its captured input and attention on
-    (`vitexplain.block_scores`): that is one token a block where a CLS head is read as it is, and little more than the
-    forward for all blocks together; with the mean of all tokens it is about what the forward of those blocks was. The
+    the score of a block goes back through that block alone, as far as its attention (`vitexplain.block_scores`): where
+    a CLS head is read as it is, that is one token a block, computed again, and little more than the forward for all
+    blocks together; with the mean of all tokens it is less than half of what the forward of those blocks was. The
     released code pools all tokens by their mean, prefix and all, whatever the model's head reads; `pooling="head"`
     reads them as the head does, which is the paper's formula for a CLS head. Scores (B, N) >= 0.
     """
@@ -54,7 +54,9 @@ class LeGrad(GradientMethod):
 
     @property
     def needs(self) -> Needs:
-        """Input, attention and output of the blocks, of all where there may be fewer than `layers`, and no gradient."""
+        """The graphs of the blocks; or, where one token a block may do, what it takes to compute that again."""
+        if self.pooling == "mean":
+            return Needs(apart=self.layers, backward=self.backward)
         return replace(RECORDED, from_block=-1 if self.layers == 1 else 0, backward=self.backward)
 
     @property

@@ -89,15 +89,57 @@ def test_blocks_computed_again_give_what_a_second_forward_gives(
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12 * float(other.abs().max()))
 
 
-def test_of_all_tokens_only_what_a_gradient_needs_is_computed_again() -> None:
-    """Forward: output projection and first map of the MLP; back: the same."""
+@pytest.mark.parametrize(("score", "shared"), [(mean_square, True), (unlike, False)])
+def test_no_block_is_computed_again_where_its_graph_is_held(score: Any, shared: bool) -> None:
+    """Back through the MLP, 8 parts of D² weights, and the output projection; its last map of two tokens if shared."""
     model, images = make_model("cls"), make_images("cls")
-    with torch.no_grad(), Capture(model, RECORDED) as capture:
-        with FlopCounterMode(display=False) as forward:
+    model.blocks = model.blocks[:1]
+    with torch.no_grad(), Capture(model, Needs(apart=1)) as capture:
+        capture.forward(images)
+        with FlopCounterMode(display=False) as back:
+            score_blocks(capture, 1, score)
+    tokens = len(images) * capture.layouts[-1].count
+    parts = 4 * (2 * len(images) if shared else tokens) + 5 * tokens
+    assert back.get_total_flops() == 2 * model.embed_dim**2 * parts
+
+
+@pytest.mark.parametrize("also", [Needs(), Needs(attention=True), Needs(attention_gradient=True), RECORDED])
+def test_beside_other_needs_the_gradients_are_the_same(also: Needs) -> None:
+    model, images = make_model("cls").double(), make_images("cls").double()
+    found = []
+    for needs in (Needs(apart=2), Needs(apart=2) | also, also | Needs(apart=2)):
+        with torch.no_grad(), Capture(model, needs) as capture:
             capture.forward(images)
-        with FlopCounterMode(display=False) as again:
-            score_blocks(capture, len(capture.blocks), mean_square)
-    assert 0 < again.get_total_flops() < forward.get_total_flops()
+            blocks = score_blocks(capture, 2, unlike)
+            found.append(torch.stack([block.attention_gradient() for block in blocks]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12 * float(found[0].abs().max()))
+
+
+def test_every_target_has_its_own_gradient_and_the_graph_is_gone_afterwards() -> None:
+    model, images = make_model("cls"), make_images("cls")
+    with torch.no_grad(), Capture(model, Needs(apart=2)) as capture:
+        capture.forward(images)
+        for column in (0, 1):
+            blocks = score_blocks(capture, 2, lambda tokens, column=column: tokens[:, 0, column])  # type: ignore[misc]
+            found = torch.stack([block.attention_gradient() for block in blocks])
+            with Capture(model, Needs(apart=2)) as alone:
+                alone.forward(images)
+                again = score_blocks(alone, 2, lambda tokens, column=column: tokens[:, 0, column])  # type: ignore[misc]
+                torch.testing.assert_close(found, torch.stack([block.attention_gradient() for block in again]))
+    assert all(block.leaving is None or not block.leaving.requires_grad for block in capture.blocks)
+
+
+def test_a_block_may_change_what_leaves_the_one_below() -> None:
+    model, images = make_model("cls").double(), make_images("cls").double()
+    found = []
+    for changing in (False, True):
+        if changing:
+            model.blocks[-1].register_forward_pre_hook(lambda _, arguments: (arguments[0].mul_(1.0),))
+        with torch.no_grad(), Capture(model, Needs(apart=2)) as capture:
+            capture.forward(images)
+            found.append(torch.stack([block.attention_gradient() for block in score_blocks(capture, 2, unlike)]))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_hooks_are_taken_off_where_a_block_cannot_be_computed_again() -> None:

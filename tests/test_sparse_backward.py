@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from families import make_images, make_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitexplain import sparse_backward
 from vitexplain.capture import Capture
@@ -104,6 +105,19 @@ def test_dense_gradients_take_the_usual_way() -> None:
     arriving = torch.randn(2, 5, 4)
     (found,) = torch.autograd.grad(watched(block, tokens), tokens, arriving)
     torch.testing.assert_close(found, torch.autograd.grad(block(tokens), tokens, arriving)[0])
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_what_all_tokens_share_goes_back_once(images: int) -> None:
+    weight = torch.randn(288, 96)
+    gradient = torch.randn(images, 1, 288).expand(images, 50, 288)
+    with FlopCounterMode(display=False) as count:
+        found = sparse_backward._transposed(gradient, weight)
+    assert count.get_total_flops() == 2 * images * 2 * weight.numel()
+    torch.testing.assert_close(found, gradient @ weight)
+    unlike = gradient.clone()
+    unlike[-1, 20, 7] += 1
+    torch.testing.assert_close(sparse_backward._transposed(unlike, weight), unlike @ weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("row", [0, 9])

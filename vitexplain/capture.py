@@ -25,7 +25,7 @@ from .fusion import attend, fuses_well
 from .layout import TokenLayout
 from .linear_products import KnownProducts, LinearProducts
 from .models import adapt
-from .models.adapter import ModelAdapter
+from .models.adapter import BlockModules, ModelAdapter
 from .modified_backward import gradients, gradients_by_sign
 from .record import BlockRecord, Needs, State
 from .sparse_backward import SparseBackward
@@ -84,7 +84,7 @@ class Capture:
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # in a caller's no graph could be recorded
-            stack.enter_context(torch.set_grad_enabled(self.needs.gradient))
+            stack.enter_context(torch.set_grad_enabled(self.needs.gradient or self.needs.apart > 0))
             stack.enter_context(borrowed(self.adapter.model))
             stack.enter_context(self.adapter.prepared())
             self._context = stack.pop_all()
@@ -102,6 +102,8 @@ class Capture:
         """Lets go of the graph; the records stay readable."""
         self._tracked.clear()
         self._output = None
+        for block in self.blocks:
+            block.let_go()
         if self._products is not None:
             self._products.clear()
         for other in self._others.values():
@@ -182,8 +184,8 @@ class Capture:
         """Fills the records' gradients with those of one score; the model's own `.grad` is not touched.
 
         Args:
-            score: () scalar made of the output of `forward`. Images of a batch do not interact, so the sum over
-                the batch gives each image its own gradient.
+            score: () scalar made of the output of `forward`, or of the tokens that leave blocks which are scored apart.
+                Images of a batch do not interact, so the sum over the batch gives each image its own gradient.
             retain_graph: keep the graph for a further target.
 
         Raises:
@@ -194,11 +196,12 @@ class Capture:
                 "the score carries no gradient: make it of the logits that Capture.forward returned, with "
                 "differentiable operations, and ask for gradients in Needs"
             )
-        rules = self.needs.backward
-        gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
-        found, self._score_gradient = gradients_of(
-            score, self._output, [tensor for tensor, _ in self._tracked], retain_graph
-        )
+        rules, tensors = self.needs.backward, [tensor for tensor, _ in self._tracked]
+        if self.needs.apart:
+            found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))
+        else:
+            gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
+            found, self._score_gradient = gradients_of(score, self._output, tensors, retain_graph)
         for (_, store), gradient in zip(self._tracked, found, strict=True):
             store(gradient)
         for other in self._others.values():
@@ -242,22 +245,35 @@ class Capture:
     def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
         tap = AttentionTap(len(self.images))
+        apart = len(self.blocks) - self.needs.apart
         for record in self.blocks[self._first :]:
-            if self.needs.any_attention:
+            scored = record.index >= apart
+            if self.needs.every_attention or scored:
                 record.watched = True
-                handles += tap.watch(record.modules.attention, self._keep_attention(record), self._fuse_heads(record))
-            kinds = record.sources(self.needs.seen_states)
+                keep = self._keep_attention(record, scored or self.needs.attention_gradient)
+                handles += tap.watch(record.modules.attention, keep, self._fuse_heads(record))
+            kinds = record.sources(self.needs.recorded_states)
             handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
+            if scored:
+                handles.append(watch_state(record.modules, "out", _cut_behind(record)))
         if self.needs.any_attention:
-            if self.adapter.pool is not None:
+            if self.needs.every_attention and self.adapter.pool is not None:
                 self.pool = BlockRecord(len(self.blocks), self.adapter, self.adapter.pool, self.layouts[-1:], True)
-                handles += tap.watch(self.adapter.pool.attention, self._keep_attention(self.pool, gradient=False))
+                handles += tap.watch(self.adapter.pool.attention, self._keep_attention(self.pool, False))
             stack.enter_context(tap)
         return handles
 
     def _shorten_backward(self, stack: ExitStack) -> list[RemovableHandle]:
-        """Of the last block, only the tokens that the head reads go back, where those are few."""
-        if not self.needs.gradient or self.needs.backward is not None or not self.blocks or self.adapter.pool:
+        """Of the last block, only the tokens that the head reads go back, where those are few.
+
+        In blocks that are scored apart, a gradient that all tokens share goes back once.
+        """
+        if self.needs.backward is not None:
+            return []
+        if self.needs.apart:
+            scored = [each.modules for each in self.blocks[-self.needs.apart :]]
+            return self._watched_behind_attention(stack, scored)
+        if not self.needs.gradient or not self.blocks or self.adapter.pool:
             return []
         try:
             read = self.adapter.seed(self.num_tokens).count_nonzero()
@@ -265,9 +281,12 @@ class Capture:
             return []
         if read > _FEW * self.num_tokens:
             return []
-        last = self.blocks[-1].modules
-        sparse: SparseBackward = stack.enter_context(SparseBackward())
-        return sparse.watch(last.attention, last.block)
+        return self._watched_behind_attention(stack, [self.blocks[-1].modules])
+
+    @staticmethod
+    def _watched_behind_attention(stack: ExitStack, blocks: list[BlockModules]) -> list[RemovableHandle]:
+        sparse = stack.enter_context(SparseBackward())
+        return [handle for each in blocks for handle in sparse.watch(each.attention, each.block)]
 
     def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
         def store(gradient: Tensor) -> None:
@@ -281,11 +300,11 @@ class Capture:
 
         return keep
 
-    def _keep_attention(self, record: BlockRecord, gradient: bool = True) -> Callable[[Attention, Tensor], Tensor]:
+    def _keep_attention(self, record: BlockRecord, tracked: bool) -> Callable[[Attention, Tensor], Tensor]:
         def keep(operands: Attention, output: Tensor) -> Tensor:
             index = len(record._calls)
             record._calls.append(operands)
-            if not (gradient and self.needs.attention_gradient):
+            if not tracked:
                 return output
 
             def store(value: Tensor) -> None:
@@ -318,9 +337,9 @@ class Capture:
         return tensor
 
     def _check_records(self) -> None:
-        if not self.needs.any_attention:
-            return
-        for record in [*self.blocks[self._first :], *([self.pool] if self.pool else [])]:
+        for record in [*self.blocks, *([self.pool] if self.pool else [])]:
+            if not record.watched:
+                continue
             (prefix, (h, w)), windows = (record.layout.prefix, record.layout.grid), record.windows
             expected, found = (record.layout.count if windows is None else windows.area), record.operands.num_keys
             if found != expected and not (record is self.pool and found == h * w):
@@ -329,3 +348,13 @@ class Capture:
                     f"block {record.index} attends over {found} tokens; expected {expected} = "
                     f"{prefix} prefix tokens + {h}×{w} patches{places}"
                 )
+
+
+def _cut_behind(record: BlockRecord) -> Callable[[Tensor], Tensor]:
+    """Keeps what leaves a block on its graph; the model goes on with a copy, which it may change in place."""
+
+    def cut(state: Tensor) -> Tensor:
+        record._leaving = state
+        return state.detach().clone()
+
+    return cut

@@ -23,6 +23,9 @@ State = Literal["in", "attention_input", "mid", "mlp", "out"]
 """A token state of one block, (B, N, D): ``in`` entering the block; ``attention_input`` after the first norm;
 ``mid`` after attention and residual; ``mlp`` what the feed-forward branch adds; ``out`` leaving the block."""
 
+SCORED_STATES: frozenset[State] = frozenset({"in", "out"})
+"""What is kept of blocks that are scored by themselves where their graph is not."""
+
 _Value = TypeVar("_Value")
 
 
@@ -40,6 +43,9 @@ class Needs:
         changes: pairs of token states of which the `Change` is kept, and not the states.
         fusion: attention is only read with its heads fused so; where nothing else is asked for, that is what is kept.
         image_gradient: the gradient at the images is kept; the graph then starts there.
+        apart: how many of the last blocks get a score of their own: each keeps its graph from its attention to its
+            output, and nothing goes back from block to block. Beside needs with gradients, which go through blocks,
+            attention, input and output of all blocks are kept instead, of which the same can be computed again.
         backward: the rules by which the backward pass goes; None for the derivative. Needs with different rules
             share a capture by the derivative, and `Capture.meeting` gives each its own.
     """
@@ -52,19 +58,23 @@ class Needs:
     changes: frozenset[tuple[State, State]] = frozenset()
     fusion: Fusion | None = None
     image_gradient: bool = False
+    apart: int = 0
     backward: BackwardRules | None = None
 
     def __or__(self, other: Needs) -> Needs:
         kinds = {each.fusion for each in (self, other) if each.any_attention}
+        apart = max(self.apart, other.apart)
+        together = apart > 0 and (self.gradient or other.gradient)
         return Needs(
-            attention=self.attention or other.attention,
+            attention=self.attention or other.attention or together,
             attention_gradient=self.attention_gradient or other.attention_gradient,
-            states=self.states | other.states,
+            states=self.states | other.states | (SCORED_STATES if together else frozenset()),
             state_gradients=self.state_gradients | other.state_gradients,
             from_block=min(self.from_block, other.from_block),
             changes=self.changes | other.changes,
             fusion=kinds.pop() if len(kinds) == 1 else None,
             image_gradient=self.image_gradient or other.image_gradient,
+            apart=0 if together else apart,
             backward=self.backward if self.backward == other.backward else None,
         )
 
@@ -74,18 +84,28 @@ class Needs:
         return self.states | self.state_gradients
 
     @property
-    def seen_states(self) -> frozenset[State]:
-        """The token states that are read at all, in the forward or afterwards."""
+    def recorded_states(self) -> frozenset[State]:
+        """The token states that are recorded in each block, in the forward or beyond it."""
         return self.kept_states | {state for pair in self.changes for state in pair}
+
+    @property
+    def seen_states(self) -> frozenset[State]:
+        """The token states that are read at all."""
+        return self.recorded_states | (frozenset({"out"}) if self.apart else frozenset())
+
+    @property
+    def every_attention(self) -> bool:
+        """Whether attention of every block is recorded."""
+        return self.attention or self.attention_gradient
 
     @property
     def any_attention(self) -> bool:
         """Whether attention is recorded at all."""
-        return self.attention or self.attention_gradient
+        return self.every_attention or self.apart > 0
 
     @property
     def gradient(self) -> bool:
-        """Whether a backward pass is needed."""
+        """Whether a backward pass through the blocks is needed."""
         return self.attention_gradient or bool(self.state_gradients) or self.image_gradient
 
 
@@ -136,6 +156,7 @@ class BlockRecord:
     _states: dict[State, Tensor] = field(default_factory=dict, repr=False)
     _state_gradients: dict[State, Tensor] = field(default_factory=dict, repr=False)
     _changes: dict[tuple[State, State], Change] = field(default_factory=dict, repr=False)
+    _leaving: Tensor | None = field(default=None, repr=False)
 
     def state(self, kind: State) -> Tensor:
         """Token state (B, N, D) of this block.
@@ -145,7 +166,18 @@ class BlockRecord:
         """
         if kind == "mlp" and self.modules.mlp is None and self._has(kind):
             return self.state("out") - self.state("mid")
+        if kind == "out" and not self._has(kind) and self._leaving is not None:
+            return widen(self._leaving.detach())
         return widen(self._present(self._states.get(kind), f"token state {kind!r}", f"states={{{kind!r}}}"))
+
+    @property
+    def leaving(self) -> Tensor | None:
+        """The tokens (B, N, D) that leave a block which is scored by itself, on its graph; None of other blocks."""
+        return self._leaving
+
+    def let_go(self) -> None:
+        """Lets go of the graph; what was recorded stays readable."""
+        self._leaving = None if self._leaving is None else self._leaving.detach()
 
     def change(self, before: State, after: State) -> Change:
         """How this block's tokens differ between two states.
