@@ -484,6 +484,6 @@ def test_a_capture_meets_other_rules_by_a_second_forward_of_the_same_score() -> 
                 alone.backward(alone.forward(images)[:, target].sum())
             for ours, theirs in zip(met.blocks, alone.blocks, strict=True):
                 torch.testing.assert_close(ours.attention_gradient(), theirs.attention_gradient())
-    assert not met._tracked
+    assert met._recording is None
     assert not capture._others
     assert met.blocks[0].attention_gradient().isfinite().all()

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitexplain import sparse_backward
 from vitexplain.capture import Capture
 from vitexplain.record import Needs
+from vitexplain.recording import Recording
 from vitexplain.sparse_backward import SparseBackward
 
 NEEDS = Needs(attention_gradient=True, state_gradients=frozenset({"in", "mid"}))
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_autograd(kind: str, rows: list[int], monkeypatch
     found = gradients()
     prefix = 1 if kind == "cls" else 2
     assert rows[:2] == [3 * prefix, 3 * prefix]  # both maps of the last feed-forward branch
-    monkeypatch.setattr(Capture, "_shorten_backward", lambda *_: [])
+    monkeypatch.setattr(Recording, "_shorten_backward", lambda *_: [])
     rows.clear()
     torch.testing.assert_close(found, gradients(), rtol=1e-12, atol=1e-15)
     assert not rows

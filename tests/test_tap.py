@@ -129,7 +129,7 @@ def test_a_capture_that_is_kept_does_not_keep_the_graph() -> None:
     model, images = make_model("cls"), make_images("cls")
     with Capture(model, Needs(attention_gradient=True)) as capture:
         capture.backward(capture.forward(images)[:, 1].sum())
-    assert not capture._tracked
+    assert capture._recording is None
     assert capture.blocks[0].attention_gradient().shape == (2, 3, 25, 25)
 
 

@@ -7,7 +7,6 @@ for: whatever lies below it is an ordinary forward without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -15,26 +14,17 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .attention import Attention, AttentionOperands
 from .borrowing import borrowed
-from .combination import Combination
-from .errors import CaptureError, UnsupportedModelError
-from .fusion import attend, fuses_well
+from .errors import CaptureError
 from .layout import TokenLayout
 from .linear_products import KnownProducts, LinearProducts
 from .models import adapt
-from .models.adapter import BlockModules, ModelAdapter
+from .models.adapter import ModelAdapter
 from .modified_backward import gradients, gradients_by_sign
-from .record import BlockRecord, Needs, State
-from .sparse_backward import SparseBackward
-from .state_tap import watch_state
-from .tap import AttentionTap, Instead
+from .record import BlockRecord, Needs
+from .recording import Recording
 from .targets import ExplainedScore
-
-_FEW = 0.25
-"""Share of the tokens, read by the head, up to which the last block's backward is sparse."""
 
 
 class Capture:
@@ -73,7 +63,7 @@ class Capture:
         self._first = self.adapter.check_block(needs.from_block)
         self.needs = replace(needs, from_block=self._first)
         self.blocks: list[BlockRecord] = []
-        self._tracked: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self._recording: Recording | None = None
         self._context: ExitStack | None = None
         self._output: Tensor | None = None
         self._score_gradient: Tensor | None = None
@@ -100,8 +90,9 @@ class Capture:
 
     def _let_go(self) -> None:
         """Lets go of the graph; the records stay readable."""
-        self._tracked.clear()
-        self._output = None
+        if self._recording is not None:
+            self._recording.tracked.clear()  # what takes a gradient holds on to who asked for it
+        self._recording = self._output = None
         for block in self.blocks:
             block.let_go()
         if self._products is not None:
@@ -164,6 +155,7 @@ class Capture:
             BlockRecord(index, self.adapter, modules, self.layouts[index:])
             for index, modules in enumerate(self.adapter.blocks)
         ]
+        recording = Recording(self.adapter, self.needs, self.blocks, len(self.images))
         with ExitStack() as hooks:
             if self.needs.backward is not None:
                 arrangement = self.adapter.blocks[0].arrangement
@@ -171,11 +163,9 @@ class Capture:
                 self._products = mode.products
             elif self._products is not None:
                 hooks.enter_context(KnownProducts(self._products))
-            # behind attention the one watch ends before the other begins
-            for handle in [*self._place_hooks(hooks), *self._shorten_backward(hooks)]:
-                hooks.callback(handle.remove)
-            output = self.adapter.logits(self._watched_images())
-        self._check_records()
+            hooks.enter_context(recording.hooked())
+            output = self.adapter.logits(self._watched_images(recording))
+        self.pool, self._recording = recording.pool, recording
         self.logits = output.detach() if self.needs.backward is None else output.detach().to(self.images.dtype)
         self._output = output
         return output
@@ -191,18 +181,19 @@ class Capture:
         Raises:
             CaptureError: the score does not depend on the model's output.
         """
-        if not score.requires_grad or not self._tracked or self._output is None:
+        tracked = self._recording.tracked if self._recording is not None else []
+        if not score.requires_grad or not tracked or self._output is None:
             raise CaptureError(
                 "the score carries no gradient: make it of the logits that Capture.forward returned, with "
                 "differentiable operations, and ask for gradients in Needs"
             )
-        rules, tensors = self.needs.backward, [tensor for tensor, _ in self._tracked]
+        rules, tensors = self.needs.backward, [tensor for tensor, _ in tracked]
         if self.needs.apart:
             found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))
         else:
             gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
             found, self._score_gradient = gradients_of(score, self._output, tensors, retain_graph)
-        for (_, store), gradient in zip(self._tracked, found, strict=True):
+        for (_, store), gradient in zip(tracked, found, strict=True):
             store(gradient)
         for other in self._others.values():
             other._score_gradient = None
@@ -233,128 +224,11 @@ class Capture:
         other.explained = self.explained
         return other
 
-    def _watched_images(self) -> Tensor:
+    def _watched_images(self, recording: Recording) -> Tensor:
         if not self.needs.image_gradient:
             return self.images
 
         def store(gradient: Tensor) -> None:
             self._image_gradient = gradient
 
-        return self._track(self.images, store)
-
-    def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
-        handles: list[RemovableHandle] = []
-        tap = AttentionTap(len(self.images))
-        apart = len(self.blocks) - self.needs.apart
-        for record in self.blocks[self._first :]:
-            scored = record.index >= apart
-            if self.needs.every_attention or scored:
-                record.watched = True
-                keep = self._keep_attention(record, scored or self.needs.attention_gradient)
-                handles += tap.watch(record.modules.attention, keep, self._fuse_heads(record))
-            kinds = record.sources(self.needs.recorded_states)
-            handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
-            if scored:
-                handles.append(watch_state(record.modules, "out", _cut_behind(record)))
-        if self.needs.any_attention:
-            if self.needs.every_attention and self.adapter.pool is not None:
-                self.pool = BlockRecord(len(self.blocks), self.adapter, self.adapter.pool, self.layouts[-1:], True)
-                handles += tap.watch(self.adapter.pool.attention, self._keep_attention(self.pool, False))
-            stack.enter_context(tap)
-        return handles
-
-    def _shorten_backward(self, stack: ExitStack) -> list[RemovableHandle]:
-        """Of the last block, only the tokens that the head reads go back, where those are few.
-
-        In blocks that are scored apart, a gradient that all tokens share goes back once.
-        """
-        if self.needs.backward is not None:
-            return []
-        if self.needs.apart:
-            scored = [each.modules for each in self.blocks[-self.needs.apart :]]
-            return self._watched_behind_attention(stack, scored)
-        if not self.needs.gradient or not self.blocks or self.adapter.pool:
-            return []
-        try:
-            read = self.adapter.seed(self.num_tokens).count_nonzero()
-        except UnsupportedModelError:
-            return []
-        if read > _FEW * self.num_tokens:
-            return []
-        return self._watched_behind_attention(stack, [self.blocks[-1].modules])
-
-    @staticmethod
-    def _watched_behind_attention(stack: ExitStack, blocks: list[BlockModules]) -> list[RemovableHandle]:
-        sparse = stack.enter_context(SparseBackward())
-        return [handle for each in blocks for handle in sparse.watch(each.attention, each.block)]
-
-    def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
-        def store(gradient: Tensor) -> None:
-            record._state_gradients[kind] = gradient
-
-        def keep(state: Tensor) -> Tensor:
-            if kind in self.needs.state_gradients:
-                state = self._track(state, store)
-            record.keep(kind, state.detach(), self.needs)
-            return state
-
-        return keep
-
-    def _keep_attention(self, record: BlockRecord, tracked: bool) -> Callable[[Attention, Tensor], Tensor]:
-        def keep(operands: Attention, output: Tensor) -> Tensor:
-            index = len(record._calls)
-            record._calls.append(operands)
-            if not tracked:
-                return output
-
-            def store(value: Tensor) -> None:
-                rules = self.needs.backward
-                arrived = value if rules is None else rules.at_attention(operands, output.detach(), value)
-                record._output_gradients[index] = arrived
-
-            return self._track(output, store)
-
-        return keep
-
-    def _fuse_heads(self, record: BlockRecord) -> Instead | None:
-        fusion = self.needs.fusion
-        if fusion is None or self.needs.gradient or type(record.modules.combination) is not Combination:
-            return None
-
-        def instead(operands: AttentionOperands) -> Tensor | None:
-            if not fuses_well(operands):
-                return None
-            fused, output = attend(operands, fusion)
-            record._calls.append(fused)
-            return output
-
-        return instead
-
-    def _track(self, tensor: Tensor, store: Callable[[Tensor], None]) -> Tensor:
-        if not tensor.requires_grad:
-            tensor = tensor.detach().requires_grad_(True)
-        self._tracked.append((tensor, store))
-        return tensor
-
-    def _check_records(self) -> None:
-        for record in [*self.blocks, *([self.pool] if self.pool else [])]:
-            if not record.watched:
-                continue
-            (prefix, (h, w)), windows = (record.layout.prefix, record.layout.grid), record.windows
-            expected, found = (record.layout.count if windows is None else windows.area), record.operands.num_keys
-            if found != expected and not (record is self.pool and found == h * w):
-                places = "" if windows is None else f", in windows of {expected}"
-                raise CaptureError(
-                    f"block {record.index} attends over {found} tokens; expected {expected} = "
-                    f"{prefix} prefix tokens + {h}×{w} patches{places}"
-                )
-
-
-def _cut_behind(record: BlockRecord) -> Callable[[Tensor], Tensor]:
-    """Keeps what leaves a block on its graph; the model goes on with a copy, which it may change in place."""
-
-    def cut(state: Tensor) -> Tensor:
-        record._leaving = state
-        return state.detach().clone()
-
-    return cut
+        return recording.track(self.images, store)

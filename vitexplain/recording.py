@@ -1,0 +1,177 @@
+"""Recording: the hooks by which one forward fills the records of its blocks, and one backward their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .attention import Attention, AttentionOperands
+from .combination import Combination
+from .errors import CaptureError, UnsupportedModelError
+from .fusion import attend, fuses_well
+from .models.adapter import BlockModules, ModelAdapter
+from .record import BlockRecord, Needs, State
+from .sparse_backward import SparseBackward
+from .state_tap import watch_state
+from .tap import AttentionTap, Instead
+
+_FEW = 0.25
+"""Share of the tokens, read by the head, up to which the last block's backward is sparse."""
+
+Store = Callable[[Tensor], None]
+"""Takes the gradient at a tensor."""
+
+
+class Recording:
+    """What one forward of a batch records.
+
+    Args:
+        adapter: of the borrowed model.
+        needs: what is recorded, from a block that is a number.
+        blocks: one record a block, to be filled.
+        batch: number of images.
+
+    Attributes:
+        pool: the record of an attention-pooling head; None for other heads, or where no attention is recorded.
+        tracked: the tensors whose gradients are asked for, and what takes each.
+    """
+
+    def __init__(self, adapter: ModelAdapter, needs: Needs, blocks: Sequence[BlockRecord], batch: int) -> None:
+        self._adapter, self._needs, self._blocks, self._batch = adapter, needs, blocks, batch
+        self._recorded = blocks[int(needs.from_block) :]
+        self.pool: BlockRecord | None = None
+        if needs.every_attention and adapter.pool is not None:
+            self.pool = BlockRecord(len(blocks), adapter, adapter.pool, (blocks[-1].layout,), True)
+        self.tracked: list[tuple[Tensor, Store]] = []
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """The forward that runs inside is recorded.
+
+        Raises:
+            CaptureError: on leaving, where attention was not seen, or not over the tokens that the model has.
+        """
+        with ExitStack() as stack:
+            # behind attention the one watch ends before the other begins
+            for handle in [*self._place_hooks(stack), *self._shorten_backward(stack)]:
+                stack.callback(handle.remove)
+            yield
+        self._check()
+
+    def track(self, tensor: Tensor, store: Store) -> Tensor:
+        """The tensor on the graph, which starts here if it did not start below; `store` takes its gradient."""
+        if not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_(True)
+        self.tracked.append((tensor, store))
+        return tensor
+
+    def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
+        handles: list[RemovableHandle] = []
+        tap, needs = AttentionTap(self._batch), self._needs
+        for record in self._recorded:
+            scored = record.index >= len(self._blocks) - needs.apart
+            if needs.every_attention or scored:
+                record.watched = True
+                keep = self._keep_attention(record, scored or needs.attention_gradient)
+                handles += tap.watch(record.modules.attention, keep, self._fuse_heads(record))
+            kinds = record.sources(needs.recorded_states)
+            handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
+            if scored:
+                handles.append(watch_state(record.modules, "out", _cut_behind(record)))
+        if self.pool is not None:
+            handles += tap.watch(self.pool.modules.attention, self._keep_attention(self.pool, False))
+        if needs.any_attention:
+            stack.enter_context(tap)
+        return handles
+
+    def _shorten_backward(self, stack: ExitStack) -> list[RemovableHandle]:
+        """Of the last block, only the tokens that the head reads go back, where those are few.
+
+        In blocks that are scored apart, a gradient that all tokens share goes back once.
+        """
+        if self._needs.backward is not None or not self._blocks:
+            return []
+        if self._needs.apart:
+            scored = [each.modules for each in self._blocks[-self._needs.apart :]]
+            return _watched_behind_attention(stack, scored)
+        if not self._needs.gradient or self._adapter.pool:
+            return []
+        tokens = self._blocks[-1].layout.count
+        try:
+            read = self._adapter.seed(tokens).count_nonzero()
+        except UnsupportedModelError:
+            return []
+        return [] if read > _FEW * tokens else _watched_behind_attention(stack, [self._blocks[-1].modules])
+
+    def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
+        def store(gradient: Tensor) -> None:
+            record._state_gradients[kind] = gradient
+
+        def keep(state: Tensor) -> Tensor:
+            if kind in self._needs.state_gradients:
+                state = self.track(state, store)
+            record.keep(kind, state.detach(), self._needs)
+            return state
+
+        return keep
+
+    def _keep_attention(self, record: BlockRecord, tracked: bool) -> Callable[[Attention, Tensor], Tensor]:
+        def keep(operands: Attention, output: Tensor) -> Tensor:
+            index = len(record._calls)
+            record._calls.append(operands)
+            if not tracked:
+                return output
+
+            def store(value: Tensor) -> None:
+                rules = self._needs.backward
+                arrived = value if rules is None else rules.at_attention(operands, output.detach(), value)
+                record._output_gradients[index] = arrived
+
+            return self.track(output, store)
+
+        return keep
+
+    def _fuse_heads(self, record: BlockRecord) -> Instead | None:
+        fusion = self._needs.fusion
+        if fusion is None or self._needs.gradient or type(record.modules.combination) is not Combination:
+            return None
+
+        def instead(operands: AttentionOperands) -> Tensor | None:
+            if not fuses_well(operands):
+                return None
+            fused, output = attend(operands, fusion)
+            record._calls.append(fused)
+            return output
+
+        return instead
+
+    def _check(self) -> None:
+        for record in [*self._blocks, *([self.pool] if self.pool else [])]:
+            if not record.watched:
+                continue
+            (prefix, (h, w)), windows = (record.layout.prefix, record.layout.grid), record.windows
+            expected, found = (record.layout.count if windows is None else windows.area), record.operands.num_keys
+            if found != expected and not (record is self.pool and found == h * w):
+                places = "" if windows is None else f", in windows of {expected}"
+                raise CaptureError(
+                    f"block {record.index} attends over {found} tokens; expected {expected} = "
+                    f"{prefix} prefix tokens + {h}×{w} patches{places}"
+                )
+
+
+def _watched_behind_attention(stack: ExitStack, blocks: list[BlockModules]) -> list[RemovableHandle]:
+    sparse = stack.enter_context(SparseBackward())
+    return [handle for each in blocks for handle in sparse.watch(each.attention, each.block)]
+
+
+def _cut_behind(record: BlockRecord) -> Callable[[Tensor], Tensor]:
+    """Keeps what leaves a block on its graph; the model goes on with a copy, which it may change in place."""
+
+    def cut(state: Tensor) -> Tensor:
+        record._leaving = state
+        return state.detach().clone()
+
+    return cut
