@@ -18,6 +18,7 @@ from ..layout import TokenLayout, to_tokens
 from ..models.adapter import ModelAdapter
 from ..models.token_head import final_tokens
 from ..record import Needs
+from ..tap import SDPA_SIGNATURE
 
 _EPSILON = 1e-6
 
@@ -172,23 +173,19 @@ class _SeenCalls(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionOperands:
-    """The arguments of `scaled_dot_product_attention`, by its own names; dropout is left out of the attention."""
-    if is_causal or enable_gqa or query.ndim != 4:
+def _operands(*args: Any, **kwargs: Any) -> AttentionOperands:
+    """What a call of `scaled_dot_product_attention` is given, on its graph; dropout is left out of the attention."""
+    bound = SDPA_SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    query, scale = call["query"], call["scale"]
+    if call["is_causal"] or call["enable_gqa"] or query.ndim != 4:
         raise UnsupportedModelError(
             "attention with is_causal or enable_gqa, or on tensors of other than four axes, cannot be trained with. "
             "Train the interpreter alone, on the model as it is, or with reg='none'"
         )
-    return AttentionOperands(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, attn_mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionOperands(query, call["key"], call["value"], scale, call["attn_mask"])
 
 
 @contextmanager
