@@ -55,9 +55,8 @@ class LeGrad(GradientMethod):
     @property
     def needs(self) -> Needs:
         """The graphs of the blocks; or, where one token a block may do, what it takes to compute that again."""
-        if self.pooling == "mean":
-            return Needs(apart=self.layers, backward=self.backward)
-        return replace(RECORDED, from_block=-1 if self.layers == 1 else 0, backward=self.backward)
+        asked = Needs(apart=self.layers) if self.pooling == "mean" else RECORDED
+        return replace(asked, from_block=-1 if self.layers == 1 else 0, backward=self.backward)
 
     @property
     def follows_blocks(self) -> bool:

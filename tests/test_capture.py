@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from families import all_families, make_images, make_model
 from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vitexplain import Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt
+from vitexplain import Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt, get_explainer
 
 EVERYTHING = Needs(
     attention_gradient=True,
@@ -325,3 +326,28 @@ def test_changes_are_those_of_the_states_which_are_let_go(name: str) -> None:
             block.state("mlp")
     with pytest.raises(CaptureError, match=r"no record of the change from .*changes=\{\('in', 'mid'\)\}"):
         whole.blocks[0].change("in", "mid")
+
+
+@pytest.mark.parametrize("place", ["blocks.1", "head"])
+@pytest.mark.parametrize("name", ["generic_attention", "legrad", "transformer_attribution", "saliency"])
+def test_a_forward_that_raises_leaves_no_graph(name: str, place: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    explainer = get_explainer(name, model)
+    calls: list[Tensor] = []
+
+    def fail(_: Any, __: Any, output: Tensor) -> None:
+        calls.append(output.detach())
+        raise KeyError
+
+    handle = model.get_submodule(place).register_forward_hook(fail)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(KeyError):
+            explainer(images, 1)
+        assert calls
+        alive = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.grad_fn is not None]
+        assert len(alive) == 0
+    finally:
+        gc.enable()
+        handle.remove()

@@ -203,6 +203,32 @@ def test_several_methods_are_checked_before_any_work() -> None:
         explain_with([create_method("gradcam", layer=7)], subject, torch.zeros(1))
 
 
+@pytest.mark.parametrize("kind", ["cls", "mean_pooled", "torchvision"])
+@pytest.mark.parametrize("name", ["generic_attention", "gradcam", "saliency", "legrad", "gradient_rollout", "attnlrp"])
+def test_a_callers_autocast_is_about_the_forward(name: str, kind: str) -> None:
+    model, images = make_model(kind), make_images(kind)
+    expected = get_explainer(name, model)(images, 1).scores
+    with torch.autocast("cpu", torch.bfloat16):
+        found = get_explainer(name, model)(images, 1)
+    assert found.scores.dtype == torch.float32
+    assert (found.scores - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("half", ["weights", "autocast"])
+def test_what_is_explained_is_what_the_model_says_in_its_own_precision(half: str) -> None:
+    model, images = make_model("cls"), make_images("cls", batch=64)
+    if half == "weights":
+        model, images = model.bfloat16(), images.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+        with torch.no_grad():
+            logits = model(images)
+        for name in ("generic_attention", "transformer_attribution"):
+            found = get_explainer(name, model)(images)
+            assert torch.equal(found.logits, logits), name
+            assert torch.equal(found.targets, logits.argmax(1)), name
+            assert found.scores.isfinite().all(), name
+
+
 def test_autocast_does_not_reach_the_attribution() -> None:
     explainer, images = get_explainer("rollout", make_model("cls")), make_images("cls")
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,9 @@ from families import FEW_FAMILIES, make_images, make_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitexplain import create_method, explain_with
 from vitexplain.capture import Capture
+from vitexplain.explainer import Subject
 from vitexplain.linear_products import KnownProducts, LinearProducts
 from vitexplain.record import Needs
 from vitexplain.relevance import RelevanceRules
@@ -50,6 +52,7 @@ def test_the_second_forward_is_that_of_the_model(kind: str) -> None:
 
 @pytest.mark.parametrize("targets", [1, 2])
 def test_no_linear_map_of_the_model_is_computed_twice(targets: int) -> None:
+    """But for the one below the graph, which holds nothing of it."""
     model, images = make_model("cls"), make_images("cls")
     with Capture(model, RELEVANT) as capture:
         logits = capture.forward(images)
@@ -57,10 +60,10 @@ def test_no_linear_map_of_the_model_is_computed_twice(targets: int) -> None:
             for target in range(targets):
                 capture.backward(logits[:, target].sum(), retain_graph=True)
                 met = capture.meeting(PLAIN)
-        assert count.linear == 0
+        assert count.linear == 1
         with Capture(model, PLAIN) as alone, Count() as count:
             alone.backward(alone.forward(images)[:, targets - 1].sum())
-        assert count.linear > 0
+        assert count.linear == 4 * len(capture.blocks) + 1
     for ours, theirs in zip(met.blocks, alone.blocks, strict=True):
         torch.testing.assert_close(ours.attention_gradient(), theirs.attention_gradient(), rtol=1e-3, atol=1e-6)
 
@@ -98,19 +101,38 @@ class Twice(nn.Module):
         return F.linear(F.linear(state, self.weight, self.bias).tanh(), weight=self.weight)
 
 
-def test_calls_of_one_weight_are_taken_in_order_and_once() -> None:
+def test_a_product_is_taken_once() -> None:
+    weight, state, products = nn.Parameter(torch.randn(2, 4), requires_grad=False), torch.randn(3, 4), LinearProducts()
+    products.keep(state, weight, torch.full((3, 2), 7.0))
+    with KnownProducts(products):
+        first, second = F.linear(state, weight), F.linear(state, weight)
+    assert (first == 7).all()
+    torch.testing.assert_close(second, state @ weight.T)
+
+
+def test_a_weight_of_several_calls_is_not_known() -> None:
     model, state, products = Twice(), torch.randn(3, 4, requires_grad=True), LinearProducts()
-    first = state @ model.weight.T
-    second = (first + model.bias).tanh() @ model.weight.T
-    (expected,) = torch.autograd.grad(second.square().sum(), state)
-    for product in (first, second):
-        products.keep(state, model.weight, product.detach())
-    for _ in range(2):  # the second time nothing is known, and all is computed
-        with KnownProducts(products):
-            found = model(state)
-        torch.testing.assert_close(found, second)
-        (gradient,) = torch.autograd.grad(found.square().sum(), state)
-        torch.testing.assert_close(gradient, expected)
+    (expected,) = torch.autograd.grad(model(state).square().sum(), state)
+    for _ in range(3):
+        products.keep(state, model.weight, torch.full((3, 4), 7.0))
+    with KnownProducts(products):
+        (gradient,) = torch.autograd.grad(model(state).square().sum(), state)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_weights_that_blocks_share_give_the_maps_of_each_method_alone() -> None:
+    model, images = make_model("torchvision").double(), make_images("torchvision").double()
+    first, *rest = model.encoder.layers
+    for block in rest:
+        block.self_attention.out_proj.weight = first.self_attention.out_proj.weight
+    methods = [create_method("transformer_attribution", start_layer=start) for start in (1, 0)]
+    together = explain_with(methods, Subject.of(model), images, 1)
+    for method, found in zip(methods, together, strict=True):
+        (alone,) = explain_with([method], Subject.of(model), images, 1)
+        torch.testing.assert_close(found.scores, alone.scores)
+        relevant = create_method("generic_attention", start_layer=method.start_layer)
+        (mixed, _) = explain_with([method, relevant], Subject.of(model), images, 1)
+        torch.testing.assert_close(mixed.scores, alone.scores)
 
 
 @pytest.mark.parametrize("other", ["shape", "precision", "weight", "graph", "autocast"])

@@ -58,7 +58,7 @@ def score_blocks(
     """
     records, needs = capture.blocks[-count:], capture.needs
     reads = capture.layouts[-1].count if reads is None else reads
-    if needs.apart >= len(records) and needs.backward == backward:
+    if needs.backward == backward and all(each.leaving is not None for each in records):
         return _apart(capture, len(records), score)
     if needs.attention and RECORDED.states <= needs.kept_states and records[0].index >= needs.from_block:
         found = _computed_again(records, score, reads, backward)
@@ -74,8 +74,8 @@ def _apart(capture: Capture, count: int, score: Callable[[Tensor], Tensor]) -> l
     records = capture.blocks[-count:]
     with torch.enable_grad():
         total = torch.stack([score(cast(Tensor, each.leaving)) for each in records]).sum()
-    capture.backward(total, retain_graph=True)  # a further target asks again
-    return records
+    capture.backward(total, retain_graph=True)  # a further target asks again, and has gradients of its own
+    return [replace(each, _output_gradients=dict(each._output_gradients)) for each in records]
 
 
 def _computed_again(

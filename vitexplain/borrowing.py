@@ -7,12 +7,15 @@ from contextlib import contextmanager
 
 from torch import nn
 
+_COMPILED = "_compiled_call_impl"
+
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode, frozen weights, no gradient checkpointing inside; everything as before outside.
+    """Evaluation mode, frozen weights, no checkpointing, nothing compiled inside; everything as before outside.
 
-    Checkpointing would run blocks a second time in the backward pass, when nothing watches them.
+    Checkpointing would run blocks a second time in the backward pass, when nothing watches them; and what
+    `nn.Module.compile` made of a module may be a forward in which nobody watched.
     """
     modes = [(module, module.training) for module in model.modules()]
     # there are hundreds of modules: to ask one for what it lacks, or to walk them once more, is dear
@@ -22,6 +25,7 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
         for name in ("grad_checkpointing", "gradient_checkpointing")
         if vars(module).get(name, getattr(type(module), name, False)) is True
     ]
+    compiled = [(module, vars(module)[_COMPILED]) for module, _ in modes if vars(module).get(_COMPILED) is not None]
     trainable = [
         parameter
         for module, _ in modes
@@ -34,6 +38,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
                 module.training = False
         for module, name in checkpointed:
             setattr(module, name, False)
+        for module, _ in compiled:
+            setattr(module, _COMPILED, None)
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model
@@ -43,6 +49,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
                 module.training = training
         for module, name in checkpointed:
             setattr(module, name, True)
+        for module, call in compiled:
+            setattr(module, _COMPILED, call)
         for parameter in trainable:
             parameter.requires_grad_(True)
 

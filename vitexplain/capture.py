@@ -26,6 +26,11 @@ from .record import BlockRecord, Needs
 from .recording import Recording
 from .targets import ExplainedScore
 
+_NO_GRADIENT = (
+    "the score carries no gradient: make it, with differentiable operations, of the logits that Capture.forward gave, "
+    "and ask for gradients in Needs; with Needs(apart=…), of the tokens that leave the blocks"
+)
+
 
 class Capture:
     """One forward pass of a borrowed model and as many backward passes as there are targets.
@@ -44,7 +49,7 @@ class Capture:
         needs: what is recorded.
         blocks: one record a block, L in all; those below `needs.from_block`, here always an index, stay empty.
         images: the (B, channels, H, W) input of the forward pass.
-        pool: the record of an attention-pooling head; None for other heads.
+        pool: the record of an attention-pooling head; None for other heads, or where no attention is recorded.
         logits: the model's output (B, C), detached.
         explained: the score that is explained, for methods that ask for it again; None where nothing was said of it.
         grid: patch grid (h, w).
@@ -155,7 +160,8 @@ class Capture:
             BlockRecord(index, self.adapter, modules, self.layouts[index:])
             for index, modules in enumerate(self.adapter.blocks)
         ]
-        recording = Recording(self.adapter, self.needs, self.blocks, len(self.images))
+        # known before the forward, so that a forward that raises leaves nothing behind either
+        recording = self._recording = Recording(self.adapter, self.needs, self.blocks, len(self.images))
         with ExitStack() as hooks:
             if self.needs.backward is not None:
                 arrangement = self.adapter.blocks[0].arrangement
@@ -165,7 +171,7 @@ class Capture:
                 hooks.enter_context(KnownProducts(self._products))
             hooks.enter_context(recording.hooked())
             output = self.adapter.logits(self._watched_images(recording))
-        self.pool, self._recording = recording.pool, recording
+        self.pool = recording.pool
         self.logits = output.detach() if self.needs.backward is None else output.detach().to(self.images.dtype)
         self._output = output
         return output
@@ -183,16 +189,14 @@ class Capture:
         """
         tracked = self._recording.tracked if self._recording is not None else []
         if not score.requires_grad or not tracked or self._output is None:
-            raise CaptureError(
-                "the score carries no gradient: make it of the logits that Capture.forward returned, with "
-                "differentiable operations, and ask for gradients in Needs"
-            )
+            raise CaptureError(_NO_GRADIENT)
         rules, tensors = self.needs.backward, [tensor for tensor, _ in tracked]
-        if self.needs.apart:
-            found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))
-        else:
-            gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
-            found, self._score_gradient = gradients_of(score, self._output, tensors, retain_graph)
+        with torch.autocast(self.images.device.type, enabled=False):  # a caller's is about the forward
+            if self.needs.apart:
+                found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))
+            else:
+                gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
+                found, self._score_gradient = gradients_of(score, self._output, tensors, retain_graph)
         for (_, store), gradient in zip(tracked, found, strict=True):
             store(gradient)
         for other in self._others.values():
@@ -214,11 +218,11 @@ class Capture:
             raise CaptureError("Capture.meeting needs the score: run Capture.backward first")
         with torch.inference_mode(False), torch.enable_grad():
             other = self._others.get(needs) or Capture(self.adapter, needs)
-            if needs not in self._others:
+            if other._output is None:
                 other._context = self._context  # the model is borrowed already
                 other._products = self._products
+                self._others[needs] = other  # before the forward, so that one that raises leaves nothing behind
                 other.forward(self.images)
-                self._others[needs] = other
             if other._score_gradient is None and other._output is not None:
                 other.backward((other._output * self._score_gradient).sum(), retain_graph=True)
         other.explained = self.explained

@@ -6,7 +6,6 @@ forward is products of states with weights.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,22 +20,28 @@ _PRECISIONS = (torch.float32, torch.float64)  # a product in half precision is a
 
 
 class LinearProducts:
-    """Products x wᵀ of states and the model's own weights, in the order of the calls; each is taken once."""
+    """Products x wᵀ of states and the model's own weights; each is taken once.
+
+    A weight that was used more than once is not known: which of its calls a later one is cannot be told for certain.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[nn.Parameter, deque[tuple[torch.Size, Tensor]]] = {}
+        self._held: dict[nn.Parameter, tuple[torch.Size, Tensor] | None] = {}
 
     def keep(self, state: Tensor, weight: Tensor, product: Tensor) -> None:
         """Holds a product (…, E), in the precision of the weight (E, D); what is no parameter is not known again."""
         if type(weight) is nn.Parameter and weight.dtype == product.dtype and weight.dtype in _PRECISIONS:
-            self._held.setdefault(weight, deque()).append((state.shape, product))
+            self._held[weight] = None if weight in self._held else (state.shape, product)
 
     def take(self, state: Tensor, weight: Tensor) -> Tensor | None:
-        """The product of the weight's next call, and no longer held; None where another or none is known."""
+        """The product of the weight's call, and no longer held; None where another or none is known."""
         if type(weight) is not nn.Parameter or state.dtype != weight.dtype:
             return None
-        calls = self._held.get(weight)
-        return calls.popleft()[1] if calls and calls[0][0] == state.shape else None
+        known = self._held.get(weight)
+        if known is None or known[0] != state.shape:
+            return None
+        self._held[weight] = None
+        return known[1]
 
     def clear(self) -> None:
         """Lets go of what was not taken."""

@@ -127,6 +127,6 @@ def gamma_gradient(
 def _transposed(apply: Linear, state: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
     """The transpose of the map on a tensor in the shape of its result."""
     if weight.ndim == 2:  # a matrix: needs no forward of its own
-        return gradient @ weight
+        return gradient.to(weight.dtype) @ weight  # that of an autocast map is in half precision
     _, transpose = with_transpose(lambda x: apply(x, weight, None), state)
     return transpose(gradient)[0]

@@ -54,6 +54,11 @@ class BackwardRules(ABC):
         """Whether what arrives at a tensor is linear in what leaves the output, as a derivative is."""
         return True
 
+    @property
+    def widens(self) -> bool:
+        """Whether the forward is in double precision, so that a model in half precision would answer otherwise."""
+        return False
+
     def images_at_a_time(self, device: torch.device) -> int | None:
         """How many images a capture by these rules takes at most on a device; None for any number."""
         return None
@@ -135,7 +140,7 @@ def gradients_by_sign(
 
     Rules that share by totals have nothing to share of one class against another: together the two are zero.
     """
-    (arrived,) = torch.autograd.grad(score, output, retain_graph=retain_graph)
+    (arrived,) = torch.autograd.grad(score, output, retain_graph=retain_graph, materialize_grads=True)
     parts = [part for part in (arrived.clamp(min=0), arrived.clamp(max=0)) if part.any()] or [arrived]
     found = [
         torch.autograd.grad(

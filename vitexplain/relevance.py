@@ -20,7 +20,7 @@ from .relevance_pass import ALTERNATIVES, RelevancePass
 if TYPE_CHECKING:
     from .record import BlockRecord
 
-_AT_A_TIME = 4
+_AT_A_TIME = 4  # images; of 2 to 8 the fastest, or as fast as any, on ViT-Ti, ViT-S and ViT-B
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class RelevanceRules(BackwardRules):
     def linear(self) -> bool:
         """Not where sums share by their totals: relevance for and against then goes back apart."""
         return not self.normalised
+
+    @property
+    def widens(self) -> bool:
+        """Relevance is divided by activations that cross zero."""
+        return True
 
     def images_at_a_time(self, device: torch.device) -> int | None:
         """Few on the CPU: memory of states in double precision is then used again, and not asked for anew each time."""

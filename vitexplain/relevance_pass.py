@@ -123,8 +123,6 @@ class RelevancePass(ModifiedBackward):
 
     def below(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Any:
         """One call on tensors that are no part of the graph."""
-        if func is F.linear:
-            return self._wide_linear(*linear_arguments(args, named))[0]
         return func(*args, **named) if writes_in_place(func) else widely(func, args, named)
 
     def call(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Any:
@@ -146,8 +144,14 @@ class RelevancePass(ModifiedBackward):
 
     def _linear_map(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x wᵀ + b in double precision; the normalised rule is in that of the weight, since signs are settled."""
-        output, product = self._wide_linear(state, weight, bias)
-        precision = self._precision(weight)
+        # the sums of the other rules are not normalised, and magnify what rounding leaves
+        precision = torch.promote_types(weight.dtype, torch.float32) if self._normalised else wide(weight).dtype
+        with torch.no_grad():
+            output = F.linear(wide(state), self._scratch.wide(weight))
+            product = output.to(precision, copy=True) if self._normalised else None
+            output = output if bias is None else output.add_(bias)
+        if product is not None:
+            self.products.keep(state, weight, product)
         held = state.detach().to(precision, copy=True)  # the model may go on to change the state in place
 
         def pullback(relevance: Tensor) -> tuple[Tensor]:
@@ -160,20 +164,6 @@ class RelevancePass(ModifiedBackward):
             return (relevance_rules.linear_signs_apart(held, weight.to(precision), relevance),)
 
         return with_pullback(lambda: output, pullback, state)
-
-    def _wide_linear(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x wᵀ + b in double precision; and x wᵀ in that of the rule, where the rule reads it."""
-        with torch.no_grad():
-            output = F.linear(wide(state), self._scratch.wide(weight))
-            product = output.to(self._precision(weight), copy=True) if self._normalised else None
-            output = output if bias is None else output.add_(bias)
-        if product is not None:
-            self.products.keep(state, weight, product)
-        return output, product
-
-    def _precision(self, weight: Tensor) -> torch.dtype:
-        """Of the rule of a linear map: sums of rules that are not normalised magnify what rounding leaves."""
-        return torch.promote_types(weight.dtype, torch.float32) if self._normalised else wide(weight).dtype
 
     def _matrix_product(self, func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
         left, right = args

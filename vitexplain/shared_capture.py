@@ -14,8 +14,9 @@ from torch import Tensor
 from .capture import Capture
 from .errors import CaptureError
 from .method import Method
-from .models.adapter import ModelAdapter
+from .models.adapter import ModelAdapter, first_weight
 from .modified_backward import BackwardRules
+from .record import Needs
 from .targets import ExplainedScore, ResolvedTarget, Target, is_function, resolve_target, select_target
 
 
@@ -51,7 +52,8 @@ def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images:
     """Scores of one batch by all methods.
 
     One forward for each kind of backward rules among the methods, the derivative first, and for each target one
-    backward of each. The graph of one is gone before the next is made. Targets are read off the first forward.
+    backward of each, or two where rules take what speaks for and against apart. The graph of one is gone before the
+    next is made. Targets are read off the first forward that is in the model's own precision, or as good as that.
 
     Args:
         methods: at least one.
@@ -64,12 +66,29 @@ def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images:
     """
     groups = _by_backward(methods)
     parts: list[Attributed] = []
+    rules = methods[groups[0][0]].needs.backward
+    if rules is not None and rules.widens and _in_half_precision(adapter, images):
+        groups = [[], *groups]  # what the model itself says comes first
     for places in groups:
         known: Target | ResolvedTarget = parts[0].target if parts else target
         given = parts[0].images if parts else images
-        parts.append(_attribute_in_turn([methods[place] for place in places], adapter, given, known))
+        own = [methods[place] for place in places]
+        parts.append(_attribute_in_turn(own, adapter, given, known) if own else _answered(adapter, images, target))
     maps = dict(zip(chain(*groups), chain(*(part.maps for part in parts)), strict=True))
     return replace(parts[0], maps=[maps[place] for place in range(len(methods))])
+
+
+def _in_half_precision(adapter: ModelAdapter, images: Tensor) -> bool:
+    weight = first_weight(adapter.model)
+    half = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
+    return half or torch.is_autocast_enabled(images.device.type)
+
+
+def _answered(adapter: ModelAdapter, images: Tensor, target: Target) -> Attributed:
+    """What the model itself says of one batch, and the targets by that; no maps."""
+    with torch.no_grad(), Capture(adapter, Needs()) as capture:
+        capture.forward(images)
+    return Attributed(capture.images, capture.logits, resolve_target(target, capture.logits), [])
 
 
 def _by_backward(methods: Sequence[Method]) -> list[list[int]]:

@@ -1,11 +1,11 @@
 """The attention tap: sees attention where it is computed, whoever computes it.
 
-A `TorchFunctionMode` is asked about every torch call of the forward. Calls of `scaled_dot_product_attention` inside
-watched modules are handed on with their arguments; the fused kernel has run as usual. A call of
-`multi_head_attention_forward` (what `nn.MultiheadAttention` computes with) hides its attention from every mode, so it
-is computed here from the same arguments: input projection, `scaled_dot_product_attention`, output projection. Where a
-model writes its attention by hand, the attention is what values are multiplied with: the left side of a product that
-comes from a softmax, through whatever the model did to it in between. It is handed on in the place of that product.
+A `TorchFunctionMode` is asked about every torch call inside watched modules. Calls of `scaled_dot_product_attention`
+are handed on with their arguments; the fused kernel has run as usual. A call of `multi_head_attention_forward` (what
+`nn.MultiheadAttention` computes with) hides its attention from every mode, so it is computed here from the same
+arguments: input projection, `scaled_dot_product_attention`, output projection. Where a model writes its attention by
+hand, the attention is what values are multiplied with: the left side of a product that comes from a softmax, through
+whatever the model did to it in between. It is handed on in the place of that product.
 """
 
 from __future__ import annotations
