@@ -61,7 +61,8 @@ class AttnLRPRules(BalancedGradients):
             return result
 
         def pullback(gradient: Tensor) -> tuple[Tensor]:
-            held = state.detach()
+            # in a caller's autocast these are in half precision, and a backward pass is not in autocast
+            held, gradient = state.detach().to(weight.dtype), gradient.to(weight.dtype)
             if gamma == 0:
                 return (epsilon_gradient(apply, held, weight, bias, gradient, self.epsilon),)
             return (gamma_gradient(apply, held, weight, bias, gradient, gamma, self.epsilon),)
@@ -127,6 +128,6 @@ def gamma_gradient(
 def _transposed(apply: Linear, state: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
     """The transpose of the map on a tensor in the shape of its result."""
     if weight.ndim == 2:  # a matrix: needs no forward of its own
-        return gradient.to(weight.dtype) @ weight  # that of an autocast map is in half precision
+        return gradient @ weight
     _, transpose = with_transpose(lambda x: apply(x, weight, None), state)
     return transpose(gradient)[0]
