@@ -185,7 +185,7 @@ class Capture:
             retain_graph: keep the graph for a further target.
 
         Raises:
-            CaptureError: the score does not depend on the model's output.
+            CaptureError: the score carries no gradient, or none was asked for in Needs.
         """
         tracked = self._recording.tracked if self._recording is not None else []
         if not score.requires_grad or not tracked or self._output is None:
