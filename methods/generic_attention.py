@@ -32,12 +32,12 @@ class GenericAttention(GradientMethod, ResidualMethod):
 
     @property
     def needs(self) -> Needs:
-        """Attention and its gradient."""
-        return replace(super().needs, attention_gradient=True)
+        """Attention and its gradient, which are read as one matrix."""
+        return replace(super().needs, attention_gradient=True, fused_gradient=True)
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · E_h[(G∘A)+]."""
-        return block.propagate(row, positive_gradient_attention).mean(1)
+        return block.follow(row, positive_gradient_attention)
 
 
 @has_kernel(sum_heads=False)

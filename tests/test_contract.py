@@ -299,10 +299,13 @@ def _together(family: str, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def test_takes_part_in_a_shared_capture(method: str, family: str, model: nn.Module, images: Tensor) -> None:
-    """A method reads the same from a capture that was made for more than it asked for."""
+    """A method reads the same from a capture that was made for more than it asked for.
+
+    To the rounding of another product: alone, the last block may be computed for fewer tokens.
+    """
     quick = tuple(each for each in list_methods() if (each, family) not in NOT_DEFINED and each not in LIGHTER)
     shared = _together(family, (method, quick[0]) if method in LIGHTER else quick)[method]
-    torch.testing.assert_close(shared, explain(method, model, images, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shared, explain(method, model, images, 1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.few_families

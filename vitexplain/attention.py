@@ -292,8 +292,7 @@ def propagate(
             )
         return torch.cat(parts)
     stacked = row if row.ndim == 3 else row[:, None]
-    support = stacked.flatten(0, 1).any(dim=0)
-    rows = None if support.all() else support.nonzero().squeeze(1)
+    rows = None if row.all() else stacked.flatten(0, 1).any(dim=0).nonzero().squeeze(1)
     total: Tensor | None = None
     for tile_of_rows in row_tiles(operands, rows, tile_rows):
         weights = weigh(RowTile(operands, output_gradient, tile_of_rows))

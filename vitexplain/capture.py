@@ -22,8 +22,9 @@ from .linear_products import KnownProducts, LinearProducts
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .modified_backward import gradients, gradients_by_sign
-from .record import BlockRecord, Needs
+from .record import BEHIND_ATTENTION, BlockRecord, Needs
 from .recording import Recording
+from .short_last_block import ShortLastBlock
 from .targets import ExplainedScore
 
 _NO_GRADIENT = (
@@ -156,12 +157,31 @@ class Capture:
         self.images = self.adapter.check_images(images.clone() if images.is_inference() else images)
         self.grid = self.adapter.grid((self.images.shape[-2], self.images.shape[-1]))
         self.layouts = self.adapter.layouts(self.grid)
+        short = self._short_last_block()
+        output = self._recorded(short)
+        if short is not None and output.isnan().any():  # something reads what was not computed
+            output = self._recorded(None)
+        self.logits = output.detach() if self.needs.backward is None else output.detach().to(self.images.dtype)
+        self._output = output
+        return output
+
+    def _short_last_block(self) -> ShortLastBlock | None:
+        """The last block for the tokens alone that the head reads, where nothing more of it is recorded, or known."""
+        needs = self.needs
+        whole = needs.recorded_states & BEHIND_ATTENTION or needs.apart or needs.backward is not None
+        if whole or self._products is not None or not self.layouts:
+            return None
+        short = ShortLastBlock.of(self.adapter, self.layouts[-1].count)
+        return short if short is not None and short.holds(self.images) else None
+
+    def _recorded(self, short: ShortLastBlock | None) -> Tensor:
+        """The model's output, and the records filled, from one forward."""
         self.blocks = [
             BlockRecord(index, self.adapter, modules, self.layouts[index:])
             for index, modules in enumerate(self.adapter.blocks)
         ]
         # known before the forward, so that a forward that raises leaves nothing behind either
-        recording = self._recording = Recording(self.adapter, self.needs, self.blocks, len(self.images))
+        recording = self._recording = Recording(self.adapter, self.needs, self.blocks, len(self.images), short)
         with ExitStack() as hooks:
             if self.needs.backward is not None:
                 arrangement = self.adapter.blocks[0].arrangement
@@ -172,8 +192,6 @@ class Capture:
             hooks.enter_context(recording.hooked())
             output = self.adapter.logits(self._watched_images(recording))
         self.pool = recording.pool
-        self.logits = output.detach() if self.needs.backward is None else output.detach().to(self.images.dtype)
-        self._output = output
         return output
 
     def backward(self, score: Tensor, *, retain_graph: bool = False) -> None:
@@ -191,6 +209,8 @@ class Capture:
         if not score.requires_grad or not tracked or self._output is None:
             raise CaptureError(_NO_GRADIENT)
         rules, tensors = self.needs.backward, [tensor for tensor, _ in tracked]
+        for block in self.blocks:
+            block.forget_gradient()
         with torch.autocast(self.images.device.type, enabled=False):  # a caller's is about the forward
             if self.needs.apart:
                 found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))

@@ -76,7 +76,7 @@ class FusedAttention(Attention):
 
 
 def fuses_well(operands: AttentionOperands) -> bool:
-    """Whether fusing at once saves time and memory: full precision, few tokens, no bias or mask.
+    """Whether fusing at once saves time and memory: on the CPU, full precision, few tokens, no bias or mask.
 
     The matrix kept must not be larger than q and k, which are kept otherwise; and one image's attention has to fit in
     a tile, or the model's own kernel, which never writes it to memory, is faster.
@@ -85,6 +85,7 @@ def fuses_well(operands: AttentionOperands) -> bool:
     size = operands.q.element_size()
     return (
         operands.bias is None
+        and operands.q.device.type == "cpu"
         and size >= 4
         and tokens == keys <= 2 * heads * operands.q.shape[-1]
         and heads * tokens * keys * size <= TILE_BYTES

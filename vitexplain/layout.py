@@ -52,6 +52,8 @@ def hand_down(row: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
     Raises:
         CaptureError: no layout has that many tokens.
     """
+    if row.shape[1] == layouts[0].count and all(each is layouts[0] for each in layouts):
+        return row
     path = list(layouts)
     while path and path[-1].count != row.shape[1]:
         path.pop()
@@ -126,9 +128,9 @@ def to_tokens(state: Tensor, arrangement: Arrangement) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, arrangement: Arrangement, shape: torch.Size) -> Tensor:
-    """The state of the given shape that `to_tokens` made (B, N, D) of."""
+    """The state of the given shape that `to_tokens` made (B, N, D) of; some tokens of it where it has three axes."""
     if arrangement == "NBD":
         return tokens.transpose(0, 1)
-    if tokens.shape == shape:
+    if len(shape) == 3:
         return tokens
     return (tokens.transpose(1, 2) if arrangement == "BDHW" else tokens).reshape(shape)

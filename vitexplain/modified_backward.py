@@ -89,11 +89,19 @@ class _WithPullback(torch.autograd.Function):
         ctx: Any, compute: Callable[[], Tensor], pullback: Callable[[Tensor], tuple[Any, ...]], *_: Tensor
     ) -> Tensor:
         ctx.pullback = pullback
-        return compute()
+        return _of_its_own(compute())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         return (None, None, *ctx.pullback(gradients[0]))
+
+
+def _of_its_own(value: Tensor) -> Tensor:
+    """The same memory, not as a view: a view made here could not be changed in place, and some releases of torch give
+    one for a linear map.
+    """
+    alias: Tensor = torch.ops.aten._unsafe_view(value, value.shape) if value._is_view() else value
+    return alias
 
 
 def with_pullback(

@@ -13,8 +13,9 @@ from torch import Tensor
 from .attention import Attention, RowTile, row_tiles, widen
 from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
+from .fused_gradient import FusedGradient
 from .fused_rows import propagate_row
-from .fusion import Fusion
+from .fusion import FusedAttention, Fusion
 from .layout import TokenLayout, Windows, hand_down
 from .models.adapter import BlockModules, ModelAdapter
 from .modified_backward import BackwardRules
@@ -22,6 +23,9 @@ from .modified_backward import BackwardRules
 State = Literal["in", "attention_input", "mid", "mlp", "out"]
 """A token state of one block, (B, N, D): ``in`` entering the block; ``attention_input`` after the first norm;
 ``mid`` after attention and residual; ``mlp`` what the feed-forward branch adds; ``out`` leaving the block."""
+
+BEHIND_ATTENTION: frozenset[State] = frozenset({"mid", "mlp", "out"})
+"""What a block makes of its tokens after they attended to each other."""
 
 SCORED_STATES: frozenset[State] = frozenset({"in", "out"})
 """What is kept of blocks that are scored by themselves where their graph is not."""
@@ -42,6 +46,7 @@ class Needs:
             and the graph starts here.
         changes: pairs of token states of which the `Change` is kept, and not the states.
         fusion: attention is only read with its heads fused so; where nothing else is asked for, that is what is kept.
+        fused_gradient: attention and its gradient are only read as E_h[(dy/dA ∘ A)+]; likewise.
         image_gradient: the gradient at the images is kept; the graph then starts there.
         apart: how many of the last blocks get a score of their own: each keeps its graph from its attention to its
             output, and nothing goes back from block to block. Beside needs with gradients, which go through blocks,
@@ -57,12 +62,14 @@ class Needs:
     from_block: int | float = 0
     changes: frozenset[tuple[State, State]] = frozenset()
     fusion: Fusion | None = None
+    fused_gradient: bool = False
     image_gradient: bool = False
     apart: int = 0
     backward: BackwardRules | None = None
 
     def __or__(self, other: Needs) -> Needs:
-        kinds = {each.fusion for each in (self, other) if each.any_attention}
+        readers = [each for each in (self, other) if each.any_attention]
+        kinds = {each.fusion for each in readers}
         apart = max(self.apart, other.apart)
         together = apart > 0 and (self.gradient or other.gradient)
         return Needs(
@@ -73,6 +80,7 @@ class Needs:
             from_block=min(self.from_block, other.from_block),
             changes=self.changes | other.changes,
             fusion=kinds.pop() if len(kinds) == 1 else None,
+            fused_gradient=bool(readers) and all(each.fused_gradient for each in readers),
             image_gradient=self.image_gradient or other.image_gradient,
             apart=0 if together else apart,
             backward=self.backward if self.backward == other.backward else None,
@@ -174,6 +182,12 @@ class BlockRecord:
     def leaving(self) -> Tensor | None:
         """The tokens (B, N, D) that leave a block which is scored by itself, on its graph; None of other blocks."""
         return self._leaving
+
+    def forget_gradient(self) -> None:
+        """Zero in the place of what a backward pass left: the next one may not come by."""
+        for each in self._calls:
+            if isinstance(each, FusedGradient):
+                each.matrix.zero_()
 
     def let_go(self) -> None:
         """Lets go of the graph; what was recorded stays readable."""
@@ -310,6 +324,12 @@ class BlockRecord:
         if windows is None:
             return propagate_row(received, self.operands, weigh, output_gradient=gradient)
         return windows.merge(propagate_row(windows.split(received), self.operands, weigh, output_gradient=gradient))
+
+    def follow(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
+        """As `propagate`, averaged over heads (B, N); of what was fused at once, which has to be the same."""
+        if isinstance(self.operands, FusedAttention):
+            return torch.bmm(row[:, None].to(self.operands.matrix.dtype), self.operands.matrix[:, 0])[:, 0]
+        return self.propagate(row, weigh).mean(1)
 
     @property
     def _gradient_or_none(self) -> Tensor | None:

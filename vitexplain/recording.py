@@ -11,9 +11,11 @@ from torch.utils.hooks import RemovableHandle
 from .attention import Attention, AttentionOperands
 from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
+from .fused_gradient import FusedGradient
 from .fusion import attend, fuses_well
 from .models.adapter import BlockModules, ModelAdapter
 from .record import BlockRecord, Needs, State
+from .short_last_block import ShortLastBlock
 from .sparse_backward import SparseBackward
 from .state_tap import watch_state
 from .tap import AttentionTap, Instead
@@ -33,14 +35,22 @@ class Recording:
         needs: what is recorded, from a block that is a number.
         blocks: one record a block, to be filled.
         batch: number of images.
+        short: how the last block is computed for the tokens alone that the head reads; None for all tokens.
 
     Attributes:
         pool: the record of an attention-pooling head; None for other heads, or where no attention is recorded.
         tracked: the tensors whose gradients are asked for, and what takes each.
     """
 
-    def __init__(self, adapter: ModelAdapter, needs: Needs, blocks: Sequence[BlockRecord], batch: int) -> None:
-        self._adapter, self._needs, self._blocks, self._batch = adapter, needs, blocks, batch
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        needs: Needs,
+        blocks: Sequence[BlockRecord],
+        batch: int,
+        short: ShortLastBlock | None = None,
+    ) -> None:
+        self._adapter, self._needs, self._blocks, self._batch, self._short = adapter, needs, blocks, batch, short
         self._recorded = blocks[int(needs.from_block) :]
         self.pool: BlockRecord | None = None
         if needs.every_attention and adapter.pool is not None:
@@ -55,6 +65,8 @@ class Recording:
             CaptureError: on leaving, where attention was not seen, or not over the tokens that the model has.
         """
         with ExitStack() as stack:
+            if self._short is not None:  # around the watch on attention, which ends before the block does
+                stack.enter_context(self._short.applied())
             # behind attention the one watch ends before the other begins
             for handle in [*self._place_hooks(stack), *self._shorten_backward(stack)]:
                 stack.callback(handle.remove)
@@ -76,7 +88,8 @@ class Recording:
             if needs.every_attention or scored:
                 record.watched = True
                 keep = self._keep_attention(record, scored or needs.attention_gradient)
-                handles += tap.watch(record.modules.attention, keep, self._fuse_heads(record))
+                modules = record.modules
+                handles += tap.watch(modules.attention, keep, self._fuse_heads(record), modules.between)
             kinds = record.sources(needs.recorded_states)
             handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
             if scored:
@@ -92,7 +105,7 @@ class Recording:
 
         In blocks that are scored apart, a gradient that all tokens share goes back once.
         """
-        if self._needs.backward is not None or not self._blocks:
+        if self._needs.backward is not None or self._short is not None or not self._blocks:
             return []
         if self._needs.apart:
             scored = [each.modules for each in self._blocks[-self._needs.apart :]]
@@ -135,16 +148,37 @@ class Recording:
         return keep
 
     def _fuse_heads(self, record: BlockRecord) -> Instead | None:
-        fusion = self._needs.fusion
-        if fusion is None or self._needs.gradient or type(record.modules.combination) is not Combination:
+        """What computes a block's attention where its heads are fused at once; None where they are not."""
+        needs = self._needs
+        if type(record.modules.combination) is not Combination or record.windows is not None:
+            return None
+        if self._short is not None and record is self._blocks[-1]:
+            return None  # of which a few rows are computed, and read
+        if needs.fused_gradient and needs.backward is None:
+            return self._with_fused_gradient(record)
+        fusion = None if needs.gradient else needs.fusion
+        if fusion is None:
             return None
 
-        def instead(operands: AttentionOperands) -> Tensor | None:
+        def instead(operands: AttentionOperands, _: Sequence[Tensor] | None) -> Tensor | None:
             if not fuses_well(operands):
                 return None
             fused, output = attend(operands, fusion)
             record._calls.append(fused)
             return output
+
+        return instead
+
+    def _with_fused_gradient(self, record: BlockRecord) -> Instead:
+        def instead(operands: AttentionOperands, given: Sequence[Tensor] | None) -> Tensor | None:
+            if given is None or not fuses_well(operands) or any(each.shape[1] != operands.shape[1] for each in given):
+                return None
+            fused, (q, k, v) = FusedGradient.of(operands), given
+            record._calls.append(fused)
+            output = fused.attend(q, k, v, operands.scale)
+            if output.requires_grad:
+                return output
+            return self.track(output, lambda arrived: fused.receive(operands, arrived))
 
         return instead
 

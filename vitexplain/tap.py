@@ -29,8 +29,9 @@ Seen = Callable[[Attention, Tensor], Tensor]
 """Takes one attention and the tensor to track for it, its output (B, H, N, dh) or, where it was written by hand, A
 itself (B, H, N, N); returns what the model goes on with."""
 
-Instead = Callable[[AttentionOperands], "Tensor | None"]
-"""Computes the output (B, H, N, dh) of one attention in the place of the fused kernel; None leaves it to that."""
+Instead = Callable[[AttentionOperands, "Sequence[Tensor] | None"], "Tensor | None"]
+"""Computes the output (B, H, N, dh) of one attention in the place of the fused kernel, from its operands, and from q, k
+and v on the model's graph where it called the kernel itself; None leaves it to the kernel."""
 
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax})
@@ -53,8 +54,22 @@ class AttentionTap(ScopedMode):
         self._batch = batch
         self._inside: list[_Watched] = []
 
-    def watch(self, module: nn.Module, seen: Seen, instead: Instead | None = None) -> list[RemovableHandle]:
-        """Hands calls inside a module to `seen`, unless `instead` takes them; the innermost watched module counts."""
+    def watch(
+        self,
+        module: nn.Module,
+        seen: Seen,
+        instead: Instead | None = None,
+        between: tuple[nn.Module, nn.Module] | None = None,
+    ) -> list[RemovableHandle]:
+        """Hands calls inside a module to `seen`, unless `instead` takes them; the innermost watched module counts.
+
+        Args:
+            module: is watched.
+            seen: takes its attention.
+            instead: computes it, or leaves it to the kernel.
+            between: a module inside it behind which attention is computed, and one before which it has been: what
+                else the module calls is then not asked about, which is most of it.
+        """
 
         def enter(*_: Any) -> None:
             self._inside.append(_Watched(seen, instead))
@@ -64,6 +79,9 @@ class AttentionTap(ScopedMode):
             self._inside.pop()
             self.switch(bool(self._inside))
 
+        if between is not None:
+            before, behind = between
+            return [before.register_forward_hook(enter), behind.register_forward_pre_hook(leave)]
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def __torch_function__(
@@ -72,7 +90,8 @@ class AttentionTap(ScopedMode):
         named = kwargs or {}
         watched = self._inside[-1]
         if func is F.scaled_dot_product_attention:
-            return self._fused(watched, attention_operands(*args, **named), lambda: func(*args, **named))
+            given = [*args[:3], *(named[name] for name in ("query", "key", "value")[len(args) :])]
+            return self._fused(watched, attention_operands(*args, **named), lambda: func(*args, **named), given)
         if func is F.multi_head_attention_forward:
             return multi_head(functools.partial(self._fused, watched), *args, **named)
         if func in _SOFTMAX:
@@ -86,10 +105,16 @@ class AttentionTap(ScopedMode):
             return func(*written.arguments(self._tracked(watched.seen, written)), **named)
         return watched.keep(func(*args, **named))
 
-    def _fused(self, watched: _Watched, operands: AttentionOperands, kernel: Callable[[], Tensor]) -> Tensor:
+    def _fused(
+        self,
+        watched: _Watched,
+        operands: AttentionOperands,
+        kernel: Callable[[], Tensor],
+        given: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """What the model goes on with instead of the output of the fused kernel, in its own shape."""
         if operands.q.ndim != 3:
-            output = None if watched.instead is None else watched.instead(operands)
+            output = None if watched.instead is None else watched.instead(operands, given)
             return watched.seen(operands, kernel()) if output is None else output
         output = kernel()
         q, k, v = (self._unstacked(each) for each in (operands.q, operands.k, operands.v))

@@ -14,6 +14,7 @@ from .attention import widen
 from .capture import Capture
 from .errors import CaptureError, TargetError
 from .modified_backward import BackwardRules
+from .short_last_block import plain_logits
 from .targets import ExplainedScore
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ class TargetResponse:
             TargetError: the images ask for a gradient, and the target is a function that has none.
             UnsupportedModelError: the model computes something that has no such rule.
         """
+        adapter, given = self.capture.adapter, images.to(self.capture.images.dtype)
         with self._rules(len(images)):
-            logits = self.capture.adapter.logits(images.to(self.capture.images.dtype))
+            logits = plain_logits(adapter, given) if self.backward is None else adapter.logits(given)
         score = self.read(logits, rows)
         if torch.is_grad_enabled() and images.requires_grad and not score.requires_grad:
             raise TargetError(

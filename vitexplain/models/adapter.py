@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..borrowing import attributes_set
+from ..borrowing import all_modules, attributes_set
 from ..combination import Combination
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, TokenLayout, Windows
@@ -35,6 +35,9 @@ class BlockModules:
         arrangement: the axes of token states inside the block.
         windows: cuts the block's grid (h, w) into the windows that it attends within; None for one over all tokens.
         taken: without an `attention_input`, its input is that state; without either, the block's input is.
+        straight: what goes into `mid` goes on to `mlp`, and nowhere else.
+        between: modules inside `attention`, behind the first and before the second of which it is computed; None where
+            that is not known.
     """
 
     block: nn.Module
@@ -46,6 +49,8 @@ class BlockModules:
     arrangement: Arrangement = "BND"
     windows: Callable[[tuple[int, int]], Windows] | None = None
     taken: nn.Module | None = None
+    straight: bool = False
+    between: tuple[nn.Module, nn.Module] | None = None
 
     def place(self, state: State) -> tuple[nn.Module | None, bool]:
         """The module where a token state is; and whether that is its input, or its output."""
@@ -171,8 +176,8 @@ class ModelAdapter(ABC):
     def prepared(self) -> AbstractContextManager[None]:
         """What the family needs while it is captured, put back on leaving: here, fused attention switched on."""
         parts = [*self.blocks, *([self.pool] if self.pool else [])]
-        switches = {id(module): module for part in parts for module in part.attention.modules()}
-        return attributes_set([each for each in switches.values() if hasattr(each, "fused_attn")], "fused_attn", True)
+        switches = dict.fromkeys(module for part in parts for module in all_modules(part.attention))
+        return attributes_set([each for each in switches if "fused_attn" in vars(each)], "fused_attn", True)
 
     def check_images(self, images: Tensor) -> Tensor:
         """Images as the model takes them: (B, channels, H, W), on its device, in its precision.

@@ -49,10 +49,33 @@ def patch_grid(embed: Any, image_size: tuple[int, int], *, dynamic: bool) -> tup
     return int(rows), int(columns)
 
 
+_NORMED_KEYS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
+"""Attention modules that norm their keys, if only by an identity, right before they attend."""
+
+
 def _pre_norm(block: Any) -> BlockModules:
     """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
     branch = getattr(block, "ls2", None)
-    return BlockModules(block, block.attn, attention_input=block.norm1, mid=block.norm2, mlp=branch)
+    return BlockModules(
+        block,
+        block.attn,
+        attention_input=block.norm1,
+        mid=block.norm2,
+        mlp=branch,
+        straight=branch is not None and _of_timm(block),
+        between=_around_attention(block.attn),
+    )
+
+
+def _of_timm(module: nn.Module) -> bool:
+    """Whether a module is of timm's own class, and not of one derived from it."""
+    return type(module).__module__.startswith("timm.")
+
+
+def _around_attention(attention: Any) -> tuple[nn.Module, nn.Module] | None:
+    """The norm of keys, and that of the output or the projection: timm's own attention is computed between them."""
+    known = _of_timm(attention) and type(attention).__name__ in _NORMED_KEYS and hasattr(attention, "k_norm")
+    return (attention.k_norm, getattr(attention, "norm", None) or attention.proj) if known else None
 
 
 def _post_norm(block: Any) -> BlockModules:

@@ -1,0 +1,246 @@
+"""The last block for those tokens alone that the head reads.
+
+A CLS head looks at one token of the last block's output. What that block computes for the others behind its attention
+(the output projection, the feed-forward branch) and their rows of attention itself nobody reads: on ViT-B/16 a
+sixteenth of the whole forward, and of the backward.
+
+It is done where the block, the head and all that lies about them is code of a library that is known, and nobody looks
+on. Blocks whose code is not known line by line are tried on one image first, against the whole model. And in a forward
+without a graph, what is not computed is NaN: whatever reads it after all makes the logits NaN, and the model then runs
+whole. In a forward with a graph it is zero, since NaN would come back as gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from torch.utils.hooks import RemovableHandle
+
+from .borrowing import all_modules
+from .combination import Combination
+from .errors import UnsupportedModelError
+from .models.adapter import BlockModules, ModelAdapter
+from .modified_backward import linear_arguments
+from .scoped_mode import ScopedMode
+from .state_tap import watch_state
+from .tap import SDPA_SIGNATURE
+
+_FEW = 0.25  # of the tokens; with more there is little to save
+_ROWS = 2  # at least: of one row the product is another routine's, whose rounding depends on the number of threads
+_NAN = float("nan")
+_LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
+_OWN_CODE = ("forward", "forward_features", "forward_head", "pool")  # what somebody may have put on an instance
+_ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest logit
+_ALIKE_IN_HALF = 0.05
+
+_TRIED: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], bool]] = WeakKeyDictionary()
+"""Last block → the modules that were there beside the other blocks when it was tried, and whether the logits were those
+of the whole model."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShortLastBlock:
+    """A model whose head reads the first few tokens of its last block.
+
+    Attributes:
+        adapter: of the borrowed model.
+        read: how many of them the head reads, from the first on.
+        modules: all modules of the model but those of the other blocks.
+    """
+
+    adapter: ModelAdapter
+    read: int
+    modules: list[nn.Module]
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter, tokens: int) -> ShortLastBlock | None:
+        """None where the head reads many tokens, others than the first, or nobody knows which; where code is not known;
+        or where hooks would see what is not computed.
+
+        Args:
+            adapter: of the borrowed model.
+            tokens: N, those of the last block.
+        """
+        if not adapter.blocks or adapter.pool is not None:
+            return None
+        last = adapter.blocks[-1]
+        if type(last.combination) is not Combination or last.windows or last.arrangement not in ("BND", "NBD"):
+            return None
+        modules = all_modules(adapter.model, without=dict.fromkeys(each.block for each in adapter.blocks[:-1]))
+        if torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        if not all(map(_runs_its_own_code, modules)):
+            return None
+        try:
+            weights = adapter.seed(tokens)
+        except UnsupportedModelError:
+            return None
+        read = int(weights.nonzero().max()) + 1
+        return cls(adapter, read, modules) if max(read, _ROWS) <= _FEW * tokens else None
+
+    def holds(self, images: Tensor) -> bool:
+        """Whether the logits of images (B, channels, H, W) are those of the whole model; tried on one of them, once."""
+        last = self.adapter.blocks[-1]
+        if last.straight:
+            return True
+        then, holds = _TRIED.get(last.block, ([], False))
+        if [each() for each in then] == self.modules:
+            return holds
+        if any(map(_is_watched, all_modules(self.adapter.model))):
+            return False  # whoever looks on expects one forward
+        holds = self._try(images[:1].detach())
+        _TRIED[last.block] = ([ref(each) for each in self.modules], holds)
+        return holds
+
+    @torch.no_grad()
+    def _try(self, image: Tensor) -> bool:
+        whole = self.adapter.logits(image)
+        try:
+            with self.applied():
+                short = self.adapter.logits(image)
+        except (RuntimeError, ValueError, IndexError):  # something counts tokens
+            return False
+        tolerance = _ALIKE.get(whole.dtype, _ALIKE_IN_HALF) * whole.abs().max()
+        return bool((short - whole).abs().max() <= tolerance)  # NaN is not
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the last block of a forward is shortened."""
+        last, read, graph = self.adapter.blocks[-1], self.read, torch.is_grad_enabled()
+
+        def cut(state: Tensor) -> Tensor:
+            return F.pad(state[:, :read], (0, 0, 0, state.shape[1] - read), value=_NAN)
+
+        with _ReadTokens(last, max(read, _ROWS), 0.0 if graph else _NAN) as mode, ExitStack() as hooks:
+            for handle in mode.watch():
+                hooks.callback(handle.remove)
+            if not graph:
+                hooks.callback(watch_state(last, "out", cut).remove)
+            yield
+
+
+def plain_logits(adapter: ModelAdapter, images: Tensor) -> Tensor:
+    """As `ModelAdapter.logits`, where nothing but the logits (B, C) is asked for: the last block is shortened."""
+    layouts = adapter.layouts(adapter.grid((images.shape[-2], images.shape[-1])))
+    short = ShortLastBlock.of(adapter, layouts[-1].count) if layouts else None
+    if short is None or not short.holds(images):
+        return adapter.logits(images)
+    with short.applied():
+        found = adapter.logits(images)
+    return adapter.logits(images) if found.isnan().any() else found
+
+
+def _runs_its_own_code(module: nn.Module) -> bool:
+    """Whether a module is a known library's, nobody gave it other code, and nobody looks on."""
+    own = vars(module)
+    return (
+        type(module).__module__.startswith(_LIBRARIES)
+        and not any(name in own for name in _OWN_CODE)
+        and not _is_watched(module)
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class _ReadTokens(ScopedMode):
+    """Computes attention and what lies behind it for the first tokens; the others are filled.
+
+    Args:
+        modules: the block.
+        rows: how many tokens are computed.
+        filling: what the others are.
+    """
+
+    def __init__(self, modules: BlockModules, rows: int, filling: float) -> None:
+        super().__init__()
+        self._modules, self._rows, self._filling = modules, rows, filling
+        self._axis = 0 if modules.arrangement == "NBD" else 1
+        self._tokens = self._images = 0
+        self._attended = self._left = False
+
+    def watch(self) -> list[RemovableHandle]:
+        """Has the block's calls seen; a straight feed-forward branch gets the first tokens and no others."""
+
+        def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            state = next(iter((*arguments, *named.values())), None)
+            if isinstance(state, Tensor) and state.ndim == 3 and state.shape[self._axis] > self._rows:
+                self._tokens, self._images = state.shape[self._axis], state.shape[1 - self._axis]
+                self._attended = self._left = False
+                self.switch(True)
+
+        def behind(*_: Any) -> None:
+            self._attended = self._left = True
+
+        def leave(*_: Any) -> None:
+            self.switch(False)
+            self._tokens = 0
+
+        def narrow(state: Tensor) -> Tensor:
+            self.switch(False)
+            return state[:, : self._rows] if self._tokens else state
+
+        def widen(state: Tensor) -> Tensor:
+            return self._filled(state, 1)
+
+        block, attention = self._modules.block, self._modules.attention
+        handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+        if attention is not block:
+            handles.append(attention.register_forward_hook(behind))
+        if self._modules.straight:
+            handles += [watch_state(self._modules, "mid", narrow), watch_state(self._modules, "mlp", widen)]
+        return handles
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **named)
+        if func is F.linear and self._attended:
+            return self._map(*linear_arguments(args, named))
+        return func(*args, **named)
+
+    def _attend(self, *args: Any, **named: Any) -> Tensor:
+        call = SDPA_SIGNATURE.bind(*args, **named).arguments
+        query, mask, tokens = call["query"], call.get("attn_mask"), self._tokens
+        if query.ndim != 4 or query.shape[2] != tokens or call["key"].shape[2] != tokens:
+            return F.scaled_dot_product_attention(*args, **named)
+        self._attended = True
+        call["query"] = query[:, :, : self._rows]
+        if mask is not None and mask.shape[-2] == tokens:
+            call["attn_mask"] = mask[..., : self._rows, :]
+        return self._filled(F.scaled_dot_product_attention(**call), 2)
+
+    def _map(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        axis = self._axis_of_tokens(state)
+        if axis is None:
+            return F.linear(state, weight, bias)
+        return self._filled(F.linear(state.narrow(axis, 0, self._rows).contiguous(), weight, bias), axis)
+
+    def _axis_of_tokens(self, state: Tensor) -> int | None:
+        """The axis of the tokens; None where there is none, or where it might be either."""
+        if state.ndim != 3:
+            return None
+        if self._left:
+            return self._axis if state.shape[self._axis] == self._tokens else None
+        # an attention may swap the axes
+        fitting = [
+            axis for axis in (0, 1) if (state.shape[axis], state.shape[1 - axis]) == (self._tokens, self._images)
+        ]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def _filled(self, rows: Tensor, axis: int) -> Tensor:
+        missing = max(self._tokens - rows.shape[axis], 0)
+        return F.pad(rows, [0, 0] * (rows.ndim - 1 - axis) + [0, missing], value=self._filling)
