@@ -44,6 +44,7 @@ batch_size: 4
 chunk_size: 5
 device: cpu
 dtype: bfloat16
+compiled: true
 """
     assert read_configuration(written(tmp_path, text)) == BenchConfiguration(
         models=(
@@ -68,6 +69,7 @@ dtype: bfloat16
         batch_size=4,
         chunk_size=5,
         dtype="bfloat16",
+        compiled=True,
     )
 
 
@@ -112,6 +114,7 @@ def test_data_in_one_word() -> None:
         ("data: {select: evn}\n", OptionError, "expected one of all, even, odd"),
         ("target: labels\n", OptionError, "expected one of predicted, label"),
         ("only_correct: 1\n", OptionError, "expected true or false"),
+        ("compiled: 1\n", OptionError, "found compiled: 1, expected true or false"),
         ("batch_size: true\n", OptionError, "found batch_size: True, expected a whole number >= 1"),
         ("seed: -1\n", OptionError, "found seed: -1"),
         ("dtype: float64\n", OptionError, "expected one of float32, bfloat16, float16"),

@@ -271,6 +271,7 @@ def test_what_is_new_is_computed_alone(tmp_path: Path, explained: list[Any], mea
         ({"data": {"format": "scenes", "limit": 4, "select": "odd"}}, 2, 2),
         ({"seed": 1}, 0, 0),  # neither draws lots
         ({"batch_size": 1}, 0, 0),
+        ({"compiled": True}, 0, 0),
     ],
 )
 def test_what_determines_a_result_decides_what_is_computed(

@@ -199,7 +199,7 @@ def explain_with(
         try:
             parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows), start))
         except RuntimeError as error:
-            if step <= 1 or not _is_out_of_memory(error):
+            if step <= 1 or not is_out_of_memory(error):
                 raise
             step //= 2
         else:
@@ -207,7 +207,8 @@ def explain_with(
     return [Explanation.concatenate(list(of_method)) for of_method in zip(*parts, strict=True)]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory does not suffice, on the device or beside it."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 

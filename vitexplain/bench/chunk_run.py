@@ -224,7 +224,8 @@ class ChunkRun:
 
     @cached_property
     def _predictor(self) -> Predictor:
-        return Predictor.of(self.model.subject, self.plan.configuration.batch_size)
+        settings = self.plan.configuration
+        return Predictor.of(self.model.subject, settings.batch_size, compiled=settings.compiled)
 
     @property
     def _predictions_key(self) -> str:

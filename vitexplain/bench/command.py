@@ -57,6 +57,9 @@ def bench_command(
     chunk_size: Annotated[int | None, typer.Option(metavar="N", help="Images computed and stored together.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compiled/--uncompiled", help="Ask models compiled by torch.compile; for GPUs.")
+    ] = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("vitexplain-bench"),
     recompute: Annotated[
         bool, typer.Option("--recompute", help="First throw away what the folder has stored.")
@@ -91,6 +94,7 @@ def bench_command(
         chunk_size=chunk_size,
         device=device,
         dtype=dtype,
+        compiled=compiled,
     )
     results = run_bench(configure(config, chosen_model, data, chosen_data, given), output, recompute=recompute)
     typer.echo(conclude(results))

@@ -36,6 +36,7 @@ class BenchConfiguration:
         chunk_size: images that are computed and stored together.
         device: where models run.
         dtype: their precision.
+        compiled: whether metrics ask them compiled; see `evaluate`.
 
     Raises:
         OptionError: a value outside what is said above.
@@ -52,12 +53,14 @@ class BenchConfiguration:
     chunk_size: int = 32
     device: str = "cpu"
     dtype: str = "float32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("models", "methods", "metrics"):
             _check_distinct(name, [each.label for each in getattr(self, name)])
         check("target", self.target, self.target in TARGETS, f"one of {', '.join(TARGETS)}")
-        check("only_correct", self.only_correct, isinstance(self.only_correct, bool), "true or false")
+        for name in ("only_correct", "compiled"):
+            check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         check("seed", self.seed, whole and 0 <= self.seed < 2**32, f"a whole number from 0 to {2**32 - 1}")
         for name in ("batch_size", "chunk_size"):

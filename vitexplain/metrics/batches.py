@@ -98,6 +98,7 @@ def metric_batches(
     boxes: Sequence[np.ndarray | Tensor] | None = None,
     batch_size: int = 32,
     forward_size: int = 64,
+    compiled: bool = False,
 ) -> Iterator[tuple[Method, MetricBatch]]:
     """Explains images and hands out what metrics look at, batch by batch and in each batch method by method.
 
@@ -113,6 +114,7 @@ def metric_batches(
         boxes: n arrays (m, 4) of x0, y0, x1, y1 in pixels of the model's input, edges exclusive.
         batch_size: images in one capture; halved where memory does not suffice.
         forward_size: images in one forward of the batches' predictor.
+        compiled: whether that forward is compiled; see `Predictor`.
 
     Raises:
         InputError: annotations of another number than images, or a label that is no class of the model.
@@ -129,7 +131,9 @@ def metric_batches(
         rows = slice(start, start + batch_size)
         explanations = explain_quietly(methods, subject, listed[rows], select_target(target, rows))
         inputs, logits, targets = explanations[0].inputs, explanations[0].logits.float(), explanations[0].targets
-        predictor = InformedPredictor(subject.adapter, subject.preprocessing, forward_size, inputs, logits)
+        predictor = InformedPredictor(
+            subject.adapter, subject.preprocessing, forward_size, inputs, logits, compiled=compiled
+        )
         annotations = known.part(rows, logits.device)
         _check_labels(annotations["labels"], logits.shape[1])
         for method, explanation in zip(methods, explanations, strict=True):

@@ -135,6 +135,7 @@ def evaluate(
     masks: Sequence[np.ndarray] | np.ndarray | Tensor | None = None,
     boxes: Sequence[np.ndarray | Tensor] | None = None,
     batch_size: int = 32,
+    compiled: bool = False,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -158,6 +159,8 @@ def evaluate(
         masks: (n, H, W) in pixels of the model's input: 1 object, 0 background, -1 left out.
         boxes: n arrays (m, 4) of x0, y0, x1, y1 in pixels of the model's input, edges exclusive.
         batch_size: images in one capture.
+        compiled: whether metrics that ask the model again ask it compiled by `torch.compile`, which takes a while the
+            first time and needs a compiler; meant for GPUs. Figures are the same to rounding.
         confidence: share of intervals that hold the true figure.
         resamples: of the bootstrap.
         seed: number that other bootstrap draws belong to.
@@ -166,6 +169,7 @@ def evaluate(
         InputError: several models, nothing to measure, or a metric that needs annotations which were not given.
         UnknownNameError: no such method or metric.
         TargetError: a contrast, a function, or several classes an image.
+        OptionError: the model cannot be compiled, and is to be.
     """
     chosen = _explainers(explainers, None if model is None else subject_of(model))
     listed = [metrics] if isinstance(metrics, Metric | str) else metrics
@@ -190,6 +194,7 @@ def evaluate(
         masks=masks,
         boxes=boxes,
         batch_size=batch_size,
+        compiled=compiled,
     )
     for label, (_, batch) in zip(cycle(chosen), batches, strict=False):
         for name in by_label:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from ..errors import InputError
 from ..explainer import Subject
 from ..models.adapter import ModelAdapter
 from ..preprocessing import Preprocessing
+from ..short_last_block import plain_logits
+from .compiled import compiled_logits
 
 CPU_BATCH = 8
 """Most images in one forward on the CPU. Larger activations are allocated from fresh pages in every layer, which made a
@@ -26,17 +28,21 @@ class Predictor:
         adapter: the borrowed model.
         preprocessing: how pictures become its input; None where that is not known.
         batch_size: images in one forward, where the device gains by it; see `forward_size`.
+        compiled: whether the forward is compiled, once a model and shape of images; the same logits to rounding.
     """
 
     adapter: ModelAdapter
     preprocessing: Preprocessing | None = None
     batch_size: int = 64
+    compiled: bool = field(default=False, kw_only=True)
 
     @classmethod
-    def of(cls, model: nn.Module | ModelAdapter | Subject, batch_size: int = 64) -> Predictor:
+    def of(
+        cls, model: nn.Module | ModelAdapter | Subject, batch_size: int = 64, *, compiled: bool = False
+    ) -> Predictor:
         """Wraps a model; its preprocessing is read from its configuration where it has one."""
         subject = Subject.of(model)
-        return cls(subject.adapter, subject.preprocessing, batch_size)
+        return cls(subject.adapter, subject.preprocessing, batch_size, compiled=compiled)
 
     @property
     def forward_size(self) -> int:
@@ -50,12 +56,16 @@ class Predictor:
 
         Raises:
             InputError: images that the model does not take.
+            OptionError: the model cannot be compiled, and is to be.
         """
         with torch.no_grad(), borrowed(self.adapter.model):
-            parts = [
-                self.adapter.logits(self.adapter.check_images(part)) for part in torch.split(inputs, self.forward_size)
-            ]
+            parts = [self._ask(self.adapter.check_images(part)) for part in torch.split(inputs, self.forward_size)]
         return torch.cat(parts).float()
+
+    def _ask(self, images: Tensor) -> Tensor:
+        if self.compiled:
+            return compiled_logits(self.adapter, images, self.forward_size)
+        return plain_logits(self.adapter, images)
 
     def probabilities(self, inputs: Tensor) -> Tensor:
         """Softmax of `logits`, (n, C)."""

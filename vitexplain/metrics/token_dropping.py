@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -117,7 +117,7 @@ class TokenDropper:
         layout = adapter.layouts(adapter.grid((inputs.shape[-2], inputs.shape[-1])))[0]
         if adapter.blocks[0].arrangement not in ("BND", "NBD"):
             raise _refusal(adapter, "its tokens stay on their grid from block to block")
-        dropper = cls(predictor, layout)
+        dropper = cls(replace(predictor, compiled=False), layout)  # each number of tokens would be compiled anew
         dropper._check_set(inputs[:1])
         return dropper
 
