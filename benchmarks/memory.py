@@ -49,6 +49,8 @@ LIMIT = 1.25
 """How many times the memory of forward + backward an explanation may take."""
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc's settings in every process: one arena; blocks from 64 KiB are mapped alone and unmapped when freed."""
+OUT_OF_MEMORY = "out of memory"
+"""How a row says so."""
 
 _MODULE = "vitexplain.benchmarks.memory"
 
@@ -124,12 +126,22 @@ def measure(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
     return Peak(name, size, failure=found) if isinstance(found, str) else Peak(**found)
 
 
-def in_process(module: str, task: Sequence[object]) -> dict[str, Any] | str:
-    """What ``python -m module --child task`` prints last, as JSON; or how that process failed, in a few words."""
+def in_process(module: str, task: Sequence[object], seconds: float | None = None) -> dict[str, Any] | str:
+    """What ``python -m module --child task`` prints last, as JSON; or how that process failed, in a few words.
+
+    Args:
+        module: a driver.
+        task: what it measures.
+        seconds: when it is killed; None for never.
+    """
     root = Path(vitexplain.__file__).resolve().parent.parent
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", module, "--child", json.dumps(task)]
-    done = subprocess.run(command, env=os.environ | ALLOCATOR | {"PYTHONPATH": path}, capture_output=True, text=True)
+    environment = os.environ | ALLOCATOR | {"PYTHONPATH": path}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"took more than {seconds:.0f} s"
     if done.returncode == 0:
         printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return printed
@@ -142,15 +154,24 @@ def failure(returncode: int, stderr: str) -> str:
         name = signal.Signals(-returncode).name
         return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
     last = (stderr.strip().splitlines() or ["no message"])[-1]
-    return "out of memory" if "allocate memory" in last or "MemoryError" in last else last[:100]
+    return OUT_OF_MEMORY if out_of_memory(last) else last[:100]
 
 
-def limit_memory() -> None:
-    """Lets this process fail alone when memory runs out, before the kernel picks a victim."""
+def out_of_memory(message: str) -> bool:
+    """Whether an exception's type and message, from Python, NumPy or torch, say that memory ran out."""
+    return any(each in message for each in ("MemoryError", "allocate memory", "not enough memory"))
+
+
+def limit_memory(share: float = 0.95) -> None:
+    """Lets this process fail alone when memory runs out, before the kernel picks a victim.
+
+    Args:
+        share: of the machine's memory that is free now.
+    """
     import resource
 
     available = 1024 * _kibibytes("meminfo", "MemAvailable")
-    resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(share * available), resource.RLIM_INFINITY))
 
 
 def ratios(peaks: Sequence[Peak], name: str) -> dict[str, float | None]:

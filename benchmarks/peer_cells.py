@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,13 @@ from torch import Tensor
 from vitexplain.files import write_whole
 
 from .measuring import FORWARD, FORWARD_BACKWARD, markdown_table
+
+BY_TIME = "more than --seconds"
+"""What the reason of a row that is left out says where it would take too long."""
+LARGE = 768
+"""Image side in pixels from which on attention makes up most of the memory."""
+NAIVE_AT_LEAST = 2
+"""How many times the memory that naive recipes are to take there."""
 
 Spread = Sequence[float]
 """Lower quartile, median and upper quartile."""
@@ -38,6 +46,7 @@ class Cell:
         peer: the other one.
         ours_failure: how the one failed, if it did.
         peer_failure: how the other failed, if it did.
+        left_out: why neither was run, if so.
     """
 
     file: ClassVar[str]
@@ -52,6 +61,7 @@ class Cell:
     peer: str
     ours_failure: str = ""
     peer_failure: str = ""
+    left_out: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -64,9 +74,15 @@ class Cell:
         return [self.ours, self.peer, self.model.partition("_patch")[0], str(self.size), str(self.batch)]
 
     @property
+    def where(self) -> str:
+        """Model, size and batch, in a sentence."""
+        return f"{self.model.partition('_patch')[0]}, {self.size} px, batch {self.batch}"
+
+    @property
     def failure(self) -> str:
-        """How either failed."""
-        return "; ".join(each for each in (self.ours_failure, self.peer_failure) if each).replace("|", "/")
+        """Why there are no figures, or not those of both."""
+        left_out = self.left_out and f"left out: {self.left_out}"
+        return "; ".join(filter(None, (left_out, self.ours_failure, self.peer_failure))).replace("|", "/")
 
 
 def without_places(message: str) -> str:
@@ -79,7 +95,7 @@ class TimeCell(Cell):
     """CPU times.
 
     Attributes:
-        rounds: how often each computation ran.
+        rounds: how often each side ran, without a call before; where that call would not fit, the one call is cold.
         load: the machine's load average before the run.
         forward_seconds: median of the plain forward pass.
         backward_seconds: median of forward and backward.
@@ -94,10 +110,10 @@ class TimeCell(Cell):
     """
 
     file = "peers_time.csv"
-    rounds: int
     load: float
-    forward_seconds: float
-    backward_seconds: float
+    rounds: int = 0
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
     ours_seconds: float | None = None
     peer_seconds: float | None = None
     ours_forward: Spread | None = None
@@ -200,7 +216,8 @@ def report(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
     if times:
         parts += [_TIME, *_sentences(times, "faster", "slower"), "", _time_table(times), ""]
     if memory:
-        parts += [_MEMORY, *_sentences(memory, "smaller", "larger"), "", _memory_table(memory), ""]
+        parts += [_MEMORY, *_sentences(memory, "smaller", "larger"), *_naive_sentence(memory)]
+        parts += ["", _memory_table(memory), ""]
     return "\n".join([*parts, *_facts([*times, *memory]), ""])
 
 
@@ -210,8 +227,9 @@ CPU time of the whole call for the whole batch, float32. Each row is one pair: a
 that its documentation shows, and the method here that computes the same. Ratios are taken within interleaved rounds:
 median [quartiles]. `{FORWARD}` has no graph; `{FORWARD_BACKWARD}` has frozen weights and the gradient at the first
 block's input. *Alike* is the mean rank correlation of the two maps and their largest difference as a share of a map's
-range. *Naive* recipes are written out in `benchmarks/naive_recipes.py`: one image at a time, attention and its gradient
-kept whole, N×N products.
+range. A pair has as many rounds as fit its time, after a call that does not count; where no more than one call fits,
+that one is the round. *Naive* recipes are written out in `benchmarks/naive_recipes.py`: one image at a time, attention
+and its gradient kept whole, N×N products.
 """
 
 _MEMORY = """## Memory
@@ -232,10 +250,41 @@ def _sentences(cells: Sequence[TimeCell] | Sequence[MemoryCell], better: str, wo
         )
     for each, gain in gains:
         if gain <= 1:
-            where = f"{each.model.partition('_patch')[0]}, {each.size} px, batch {each.batch}"
-            lines.append(f"- {worse.capitalize()}: {each.ours} against {each.peer} ({where}): {gain:.2f}.")
-    failed = sorted({f"{each.peer} ({each.peer_failure})" for each in cells if each.peer_failure})
-    return lines + [f"- Failed: {each}." for each in failed]
+            lines.append(f"- {worse.capitalize()}: {each.ours} against {each.peer} ({each.where}): {gain:.2f}.")
+    sides = [each for cell in cells for each in ((cell.ours, cell.ours_failure), (cell.peer, cell.peer_failure))]
+    failed = sorted({f"{name} ({failure})" for name, failure in sides if failure})
+    return [*lines, *_left_out(cells), *(f"- Failed: {each}." for each in failed)]
+
+
+def _left_out(cells: Sequence[Cell]) -> list[str]:
+    """How many rows were left out, and where; a line for those of too much time, and one for each other reason."""
+    reasons: dict[str, Counter[str]] = {}
+    for each in cells:
+        if each.left_out:
+            reason = "by time" if BY_TIME in each.left_out else f"({each.left_out})"
+            reasons.setdefault(reason, Counter())[each.where] += 1
+    return [
+        f"- Left out {reason}: {places.total()} of {len(cells)} rows: "
+        + "; ".join(f"{where} ({count})" for where, count in places.items())
+        + "."
+        for reason, places in reasons.items()
+    ]
+
+
+def _naive_sentence(cells: Sequence[MemoryCell]) -> list[str]:
+    """Whether naive recipes take as much more memory as they are to take; nothing without a row that could say."""
+    rows = [each for each in cells if each.size == LARGE and each.pair.startswith("naive_")]
+    if not rows:
+        return []
+    claim = f"- At {LARGE} pixels the naive recipes take at least {NAIVE_AT_LEAST} times as much"
+    gains = [(each.gain, each) for each in rows if each.gain is not None]
+    if not gains:
+        return [f"{claim}: **not met**, no row has figures of both."]
+    smallest, cell = min(gains, key=lambda each: each[0])
+    return [
+        f"{claim}: **{'met' if smallest >= NAIVE_AT_LEAST else 'not met'}**, smallest {smallest:.3g} "
+        f"({cell.ours}, {cell.where}); {len(gains)} of {len(rows)} rows have figures of both."
+    ]
 
 
 def _time_table(cells: Iterable[TimeCell]) -> str:

@@ -1,13 +1,14 @@
-"""Methods of other packages, each beside the method here that does the same.
+"""Methods of other packages, each beside the method here that does the same, and how they run in a given time.
 
 Each side is a function of one subject, so that both see the same model, images and classes; what turns their outputs
-into comparable rows is not timed.
+into comparable rows is not timed. What a pair costs is a rough figure in plain forward passes, for planning alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from vitexplain.patch_pixels import gather_by_patch
 from vitexplain.render import upsample
 
 from .measuring import Run
+from .memory import OUT_OF_MEMORY, out_of_memory
 from .metric_cost import QUANTUS_STEPS, pixel_flipping
 from .naive_recipes import RECIPES
+from .peer_cells import BY_TIME, without_places
 from .peer_libraries import (
     Prepare,
     Subject,
@@ -40,6 +43,12 @@ STEPS = 10
 Rows = Callable[[Any, Subject], Tensor]
 """Makes comparable rows (B, M) of what a run gives; or (2, B, M), of which each image takes the more alike."""
 
+Outcome = Any
+"""What a run gave, or a `Failure`."""
+
+Cost = Callable[[int, int], float]
+"""About how many plain forward passes one call takes, of the number of patches and the model's width."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -52,6 +61,7 @@ class Pair:
         run_peer: prepares the other.
         ours_rows: rows of the one's output.
         peer_rows: rows of the other's.
+        cost: of one call of both sides, in forward passes of the same batch.
     """
 
     ours: str
@@ -60,6 +70,125 @@ class Pair:
     run_peer: Prepare
     ours_rows: Rows
     peer_rows: Rows
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often a pair runs in one place.
+
+    Attributes:
+        call: seconds that one call of both sides takes, about.
+        seconds: what all calls may take.
+        most: rounds, at most.
+    """
+
+    call: float
+    seconds: float
+    most: int
+
+    @property
+    def warm(self) -> bool:
+        """Whether a call that does not count goes before the rounds; where only one call fits, it is the round."""
+        return self._calls > 1
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds fit; 0 where not even one call does."""
+        return min(self._calls - self.warm, self.most)
+
+    @property
+    def _calls(self) -> int:
+        return int(self.seconds // self.call)
+
+    @property
+    def left_out(self) -> str:
+        """Why the pair does not run, if it does not."""
+        if self.rounds:
+            return ""
+        return f"about {self.call:.0f} s for one call of both sides, {BY_TIME} {self.seconds:g}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run failed: the exception's type and the first line of what it says."""
+
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """From an exception."""
+        first = (str(error).splitlines() or [""])[0]
+        text = f"{type(error).__name__}: {without_places(first)}"
+        return cls(OUT_OF_MEMORY if out_of_memory(text) else text[:150])
+
+
+def attempt(run: Callable[[], Outcome]) -> Outcome:
+    """What a run gives; a `Failure` where it raises."""
+    try:
+        return run()
+    except Exception as error:  # a peer may raise anything
+        return Failure.of(error)
+
+
+@dataclass
+class Side:
+    """One side of a pair, called once a round; it works in the rounds of its plan, until it fails.
+
+    Attributes:
+        run: the work; None where it could not be prepared.
+        plan: of the pair.
+        outcome: what the first call gave; a `Failure` after one in any call.
+        called: how often it was called.
+    """
+
+    run: Run | None
+    plan: Plan
+    outcome: Outcome = None
+    called: int = 0
+
+    @classmethod
+    def of(cls, prepare: Prepare, subject: Subject, plan: Plan) -> Side:
+        """Ready to run, or failed."""
+        run = attempt(lambda: prepare(subject))
+        return cls(None, plan, run) if isinstance(run, Failure) else cls(run, plan)
+
+    @property
+    def failure(self) -> str:
+        """How it failed, if it did."""
+        return self.outcome.text if isinstance(self.outcome, Failure) else ""
+
+    def __call__(self) -> None:
+        """The first call is the one before the rounds."""
+        wanted = range(0 if self.plan.warm else 1, self.plan.rounds + 1)
+        if self.run is not None and not self.failure and self.called in wanted:
+            found = attempt(self.run)
+            if self.outcome is None or isinstance(found, Failure):
+                self.outcome = found
+        self.called += 1
+
+
+def passes(count: float) -> Cost:
+    """So many forward passes, whatever the model."""
+    return lambda *_: count
+
+
+def windows_passes(patches: int, _: int) -> float:
+    """One forward pass a window of 3 × 3 patches on a square grid, on both sides."""
+    return 2.0 * (isqrt(patches) - 2) ** 2 + 3
+
+
+def naive_passes(ours: float, plain: float, products: float) -> Cost:
+    """A method here, and a recipe that also multiplies N×N matrices and does other work on them.
+
+    In floating-point operations the product in each block is N² / (12 D² + 2 N D) of a forward pass.
+
+    Args:
+        ours: forward passes of the one.
+        plain: forward passes of the other without those matrices.
+        products: its work on the matrices, as a multiple of that product.
+    """
+    return lambda patches, width: ours + plain + products * patches**2 / (12 * width**2 + 2 * patches * width)
 
 
 def ours(name: str, **options: Any) -> Prepare:
@@ -128,12 +257,14 @@ def naive(name: str) -> Prepare:
 
 
 def _cam(name: str, method: str, **options: Any) -> Pair:
-    return Pair(method, f"pytorch-grad-cam {name}", ours(method, **options), grad_cam(name), enlarged, flat)
+    return Pair(
+        method, f"pytorch-grad-cam {name}", ours(method, **options), grad_cam(name), enlarged, flat, passes(4.2)
+    )
 
 
 def _eigen_cam() -> Pair:
     method, name = ours("eigencam", relu=False), "EigenCAM"
-    return Pair("eigencam", f"pytorch-grad-cam {name}", method, grad_cam(name), enlarged_either_way, flat)
+    return Pair("eigencam", f"pytorch-grad-cam {name}", method, grad_cam(name), enlarged_either_way, flat, passes(2.5))
 
 
 PAIRS: dict[str, Pair] = {
@@ -141,7 +272,9 @@ PAIRS: dict[str, Pair] = {
     "hirescam": _cam("HiResCAM", "hirescam"),
     "layercam": _cam("LayerCAM", "layercam"),
     "eigencam": _eigen_cam(),
-    "saliency": Pair("saliency", "captum Saliency", ours("saliency"), captum_pixels("Saliency"), scores, patch_means),
+    "saliency": Pair(
+        "saliency", "captum Saliency", ours("saliency"), captum_pixels("Saliency"), scores, patch_means, passes(5)
+    ),
     "integrated_gradients": Pair(
         f"integrated_gradients, {STEPS} steps",
         f"captum IntegratedGradients, {STEPS} steps",
@@ -149,11 +282,22 @@ PAIRS: dict[str, Pair] = {
         captum_pixels("IntegratedGradients", n_steps=STEPS),
         scores,
         patch_sums,
+        passes(6 * STEPS),
     ),
-    "layer_gradcam": Pair("gradcam", "captum LayerGradCam", ours("gradcam"), captum_layer_grad_cam, scores, flat),
-    "occlusion": Pair("occlusion", "captum Occlusion", ours("occlusion"), captum_occlusion, scores, patch_means),
+    "layer_gradcam": Pair(
+        "gradcam", "captum LayerGradCam", ours("gradcam"), captum_layer_grad_cam, scores, flat, passes(2.3)
+    ),
+    "occlusion": Pair(
+        "occlusion", "captum Occlusion", ours("occlusion"), captum_occlusion, scores, patch_means, windows_passes
+    ),
     "legrad": Pair(
-        "legrad, 4 layers", "torch-cam LeGrad, 4 layers", ours("legrad", layers=4), torchcam_legrad(4), scores, flat
+        "legrad, 4 layers",
+        "torch-cam LeGrad, 4 layers",
+        ours("legrad", layers=4),
+        torchcam_legrad(4),
+        scores,
+        flat,
+        passes(3),
     ),
     "attnlrp": Pair(
         "attnlrp, attention constant",
@@ -162,6 +306,7 @@ PAIRS: dict[str, Pair] = {
         lxt_attnlrp,
         scores,
         patch_sums,
+        passes(6),
     ),
     "deletion": Pair(
         f"deletion, {QUANTUS_STEPS} steps",
@@ -170,10 +315,15 @@ PAIRS: dict[str, Pair] = {
         quantus_flipping,
         lambda output, _: output["probability"][:, 1:],
         lambda output, _: torch.stack([torch.as_tensor(each).flatten() for each in output]),
+        passes(2 * QUANTUS_STEPS + 3),
     ),
     **{
-        f"naive_{name}": Pair(name, f"naive {name}", ours(name), naive(name), scores, flat)
-        for name in ("rollout", "gradient_rollout", "generic_attention")
+        f"naive_{name}": Pair(name, f"naive {name}", ours(name), naive(name), scores, flat, cost)
+        for name, cost in {
+            "rollout": naive_passes(1.3, 1.3, 1),
+            "gradient_rollout": naive_passes(3, 3.5, 3),
+            "generic_attention": naive_passes(2.6, 3, 1.8),
+        }.items()
     },
 }
 """Pairs by name."""

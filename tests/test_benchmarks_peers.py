@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import io
@@ -15,14 +16,24 @@ import torch
 from torch import nn
 
 from vitexplain import Capture, Needs, get_explainer
-from vitexplain.benchmarks import measuring, naive_recipes, peer_cells, peer_libraries, peer_methods, peers, scaling
+from vitexplain.benchmarks import (
+    measuring,
+    memory,
+    naive_recipes,
+    peer_cells,
+    peer_libraries,
+    peers,
+    scaling,
+)
 from vitexplain.benchmarks.peer_cells import MemoryCell, TimeCell
-from vitexplain.benchmarks.peer_libraries import Subject
+from vitexplain.benchmarks.peer_libraries import Prepare, Subject
+from vitexplain.benchmarks.peer_methods import PAIRS, Pair, Plan, Side
 from vitexplain.benchmarks.scaling import Curve
 from vitexplain.block_scores import RECORDED, score_blocks
 
 TINY = "vit_tiny_patch16_224"
 SIZE = 64
+AMPLE = Plan(call=1.0, seconds=60.0, most=2)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +63,7 @@ def test_naive_recipes_leave_the_model_as_it_was(subject: Subject, name: str) ->
 
 @pytest.mark.parametrize("name", ["saliency", "integrated_gradients", "layer_gradcam", "occlusion"])
 def test_captum_gives_the_same_maps(subject: Subject, name: str) -> None:
-    pair = peer_methods.PAIRS[name]
+    pair = PAIRS[name]
     own = pair.ours_rows(pair.run_ours(subject)(), subject)
     other = pair.peer_rows(pair.run_peer(subject)(), subject)
     torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
@@ -76,13 +87,13 @@ def test_the_twin_is_the_same_model(subject: Subject) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_peers_give_the_same_where_they_are_installed(subject: Subject, package: str, names: list[str]) -> None:
     for name in names:
-        run, outcome = peers.prepared(peer_methods.PAIRS[name].run_peer, subject)
+        side = Side.of(PAIRS[name].run_peer, subject, AMPLE)
+        side()
         if importlib.util.find_spec(package) is None:  # then there is a row that says so
-            assert run is None
-            assert outcome.text.startswith("ModuleNotFoundError")
+            assert side.failure.startswith("ModuleNotFoundError")
             continue
-        pair = peer_methods.PAIRS[name]
-        rows = pair.ours_rows(pair.run_ours(subject)(), subject), pair.peer_rows(outcome, subject)
+        pair = PAIRS[name]
+        rows = pair.ours_rows(pair.run_ours(subject)(), subject), pair.peer_rows(side.outcome, subject)
         correlation, difference = peer_cells.likeness(*rows)
         if name == "deletion":  # ties within a patch are cut in other places
             assert correlation > 0.8
@@ -105,17 +116,30 @@ def test_likeness_on_made_up_rows() -> None:
 # ------------------------------------------------------------------------------------------ the driver
 
 
-def failing(_: Subject) -> measuring.Run:
-    def run() -> object:
-        raise LookupError("no such thing | at all\nsecond line")
+PLACE: dict[str, Any] = {"model": TINY, "size": SIZE, "batch": 2, "threads": 1, "weights": "random", "facts": "F"}
 
-    return run
+
+def raising(error: Exception, after: int = 0) -> Prepare:
+    """A side that works so many times before it raises."""
+    calls = []
+
+    def run() -> object:
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        return torch.arange(2 * SIZE**2).view(2, -1)
+
+    return lambda _: run
+
+
+def timed(subject: Subject, pair: Pair, plan: Plan = AMPLE) -> TimeCell:
+    (cell,) = peers.time_cells({**PLACE, "load": 0.5}, subject, {"gradcam": pair}, {"gradcam": plan})
+    return cell
 
 
 def test_a_failing_peer_has_a_row_that_says_how(subject: Subject) -> None:
-    pair = replace(peer_methods.PAIRS["gradcam"], run_peer=failing)
-    place = {"model": TINY, "weights": "random", "size": SIZE, "batch": 2, "threads": 1, "facts": "F", "load": 0.5}
-    (cell,) = peers.time_cells(place, subject, {"gradcam": pair}, rounds=2)
+    error = LookupError("no such thing | at all\nsecond line")
+    cell = timed(subject, replace(PAIRS["gradcam"], run_peer=raising(error)))
     assert cell.peer_failure == "LookupError: no such thing | at all"
     assert cell.ours_failure == ""
     assert cell.speedup is cell.peer_seconds is cell.likeness is None
@@ -126,37 +150,159 @@ def test_a_failing_peer_has_a_row_that_says_how(subject: Subject) -> None:
     assert "LookupError: no such thing / at all |" in text
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail at a.cpp:1] b: can't allocate memory: you tried\nmore")]
+)
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_side_that_runs_out_of_memory_fails_alone(subject: Subject, error: Exception, after: int) -> None:
+    cell = timed(subject, replace(PAIRS["gradcam"], run_ours=raising(error, after)))
+    assert (cell.ours_failure, cell.left_out) == ("out of memory", "")
+    assert cell.ours_seconds is None
+    assert "- Failed: gradcam (out of memory)." in peer_cells.report([cell], [])
+
+
+# ------------------------------------------------------------------------------------------ the time of a pair
+
+
+@pytest.mark.parametrize(
+    ("call", "rounds", "warm"),
+    [
+        (0.1, 7, True),
+        (7.5, 7, True),
+        (8.6, 5, True),
+        (20.0, 2, True),
+        (30.0, 1, True),
+        (31.0, 1, False),
+        (61, 0, False),
+    ],
+)
+def test_as_many_rounds_as_fit_a_minute(call: float, rounds: int, warm: bool) -> None:
+    plan = Plan(call, seconds=60, most=7)
+    assert (plan.rounds, plan.warm) == (rounds, warm)
+    assert bool(plan.left_out) == (rounds == 0)
+
+
+def test_a_pair_that_does_not_fit_says_what_it_takes() -> None:
+    assert Plan(310.2, 60.0, 7).left_out == "about 310 s for one call of both sides, more than --seconds 60"
+
+
+@pytest.mark.parametrize(("plan", "calls"), [(Plan(1, 60, 2), [1, 1, 1, 0]), (Plan(40, 60, 2), [0, 1, 0, 0])])
+def test_a_side_works_in_the_rounds_of_its_plan(plan: Plan, calls: list[int]) -> None:
+    done: list[int] = []
+    side = Side(lambda: done.append(1), plan)
+    for expected in calls:
+        before = len(done)
+        side()
+        assert len(done) - before == expected
+
+
+def test_what_pairs_cost() -> None:
+    occlusion, recipe = PAIRS["occlusion"].cost, PAIRS["naive_rollout"].cost
+    assert occlusion(196, 192) == 2 * 144 + 3
+    assert recipe(4608, 768) == pytest.approx(2.6 + 4608**2 / (12 * 768**2 + 2 * 4608 * 768))
+    assert all(pair.cost(196, 768) >= 2.3 for pair in PAIRS.values())  # no less than forward + backward
+
+
+def test_pairs_of_other_plans_share_the_rounds(subject: Subject) -> None:
+    plans = {"layer_gradcam": Plan(1, 60, 3), "saliency": Plan(40, 60, 3)}
+    pairs = {name: PAIRS[name] for name in plans}
+    many, one = peers.time_cells({**PLACE, "load": 0.5}, subject, pairs, plans)
+    assert (many.rounds, one.rounds) == (3, 1)
+    assert one.speedup is not None
+    assert one.speedup[0] == one.speedup[1] == one.speedup[2] > 0
+    assert one.likeness is not None
+
+
+def tiny_run(folder: Path, *arguments: str) -> str:
+    places = ["--models", "vit_tiny", "--sizes", "32", "--rounds", "1", "--output", str(folder)]
+    peers.main([*places, "--what", "time", *arguments])
+    return (folder / "peers.md").read_text(encoding="utf-8")
+
+
+def test_pairs_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "forward_seconds", lambda *_: 5.0)
+    text = tiny_run(tmp_path, "--what", "all", "--batches", "8,32", "--only", "naive_rollout,saliency")
+    assert text.count("| left out: about ") == 8
+    assert "left out: about 200 s for one call of both sides, more than --seconds 60 |" in text
+    assert (
+        text.count("- Left out by time: 4 of 4 rows: vit_tiny, 32 px, batch 8 (2); vit_tiny, 32 px, batch 32 (2).") == 2
+    )
+    assert "Failed" not in text
+
+
+def test_a_place_whose_plain_pass_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(peers, "forward_backward", no_memory)
+    text = tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
+    assert (
+        "- Left out (out of memory): 2 of 2 rows: vit_tiny, 32 px, batch 1 (1); vit_tiny, 32 px, batch 2 (1)." in text
+    )
+
+
+def test_cheap_places_come_first() -> None:
+    options = argparse.Namespace(models=["vit_base", "vit_tiny"], sizes=[64, 32], batches=[8, 1])
+    found = [(name[:8], size, batch) for name, size, batch in peers._places(options)]
+    assert found == [
+        ("vit_tiny", 32, 1),
+        ("vit_base", 32, 1),
+        ("vit_tiny", 64, 1),
+        ("vit_tiny", 32, 8),
+        ("vit_base", 64, 1),
+        ("vit_base", 32, 8),
+        ("vit_tiny", 64, 8),
+        ("vit_base", 64, 8),
+    ]
+
+
+def test_a_process_is_killed_when_its_time_is_over() -> None:
+    assert memory.in_process("vitexplain.benchmarks.peers", [], 0.01) == "took more than 0 s"
+
+
+# ------------------------------------------------------------------------------------------ the tables
+
+
 def test_no_place_of_this_machine_gets_into_a_row() -> None:
     message = "cannot import name 'a' from 'b.c' (/opt/lib/python3/site-packages/b/c.py), 3 px/s"
     assert peer_cells.without_places(message) == "cannot import name 'a' from 'b.c', 3 px/s"
 
 
 def test_cells_of_several_runs_make_one_table(tmp_path: Path) -> None:
-    options = ["--models", "vit_tiny", "--sizes", "32", "--rounds", "1", "--output", str(tmp_path)]
-    peers.main([*options, "--batches", "1,2", "--only", "naive_rollout"])
-    peers.main([*options, "--batches", "2", "--only", "layer_gradcam,naive_rollout", "--threads", "1"])
+    tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
+    text = tiny_run(tmp_path, "--batches", "2", "--only", "layer_gradcam,naive_rollout", "--threads", "1", "--add")
     rows = list(csv.DictReader((tmp_path / "peers_time.csv").read_text(encoding="utf-8").splitlines()))
     found = [(json.loads(row["batch"]), json.loads(row["pair"])) for row in rows]
     assert found == [(1, "naive_rollout"), (2, "layer_gradcam"), (2, "naive_rollout")]
     assert all(json.loads(row["speedup"])[1] > 0 for row in rows)
     assert ["--threads 1" in row["facts"] for row in rows] == [False, True, True]  # the later run's
-    text = (tmp_path / "peers.md").read_text(encoding="utf-8")
     assert "| rollout | naive rollout | vit_tiny | 32 | 2 |" in text
     assert text.count("Command: ") == 2
+
+
+def test_a_run_begins_new_tables(tmp_path: Path) -> None:
+    peer_cells.add_cells(MemoryCell, [MemoryCell(**PLACE, pair="gradcam", ours="A", peer="P")], tmp_path, list(PAIRS))
+    tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
+    text = tiny_run(tmp_path, "--batches", "1", "--only", "layer_gradcam")
+    assert [cell.pair for cell in peer_cells.read_cells(TimeCell, tmp_path)] == ["layer_gradcam"]
+    assert not (tmp_path / "peers_memory.csv").exists()
+    assert "## Memory" not in text
+    assert text.count("Command: ") == 1
 
 
 def test_the_place_of_the_data_stays_out_of_the_tables() -> None:
     assert peers._without_paths(["--rounds", "1", "--data", "/somewhere"]) == ["--rounds", "1", "--data", "…"]
 
 
-@pytest.mark.parametrize(("argument", "value"), [("--only", "gradcamm"), ("--rounds", "0"), ("--batches", "0")])
+@pytest.mark.parametrize(("argument", "value"), [("--only", "gradcamm"), ("--rounds", "0"), ("--seconds", "0")])
 def test_bad_arguments_are_refused_before_anything_is_measured(
     argument: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "peers_time.csv").write_text("kept")
     with pytest.raises(SystemExit):
         peers.main(["--output", str(tmp_path), argument, value])
     assert value in capsys.readouterr().err or value == "0"
-    assert not list(tmp_path.iterdir())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
 MADE_UP: dict[str, Any] = {"model": TINY, "weights": "random", "size": 224, "threads": 1, "facts": "C\n\nM"}
@@ -174,6 +320,22 @@ def test_the_report_says_who_is_ahead() -> None:
     assert "- Larger: A against P (vit_tiny, 224 px, batch 8): 0.50." in text
     assert "- Failed: Q (killed)." in text
     assert text.count("C\n\nM") == 1
+
+
+def test_the_report_says_what_naive_recipes_hold_of_large_images() -> None:
+    large = {**MADE_UP, "size": 768}
+    ample = MemoryCell(
+        **large, batch=1, pair="naive_rollout", ours="A", peer="P", ours_mebibytes=10.0, peer_mebibytes=73.0
+    )
+    nothing = replace(ample, batch=32, peer_mebibytes=None, peer_failure="out of memory")
+    small, other = replace(ample, size=224, peer_mebibytes=11.0), replace(ample, pair="b", peer_mebibytes=11.0)
+    text = peer_cells.report([], [ample, nothing, small, other])
+    claim = "At 768 pixels the naive recipes take at least 2 times as much: "
+    assert f"- {claim}**met**, smallest 7.3 (A, vit_tiny, 768 px, batch 1); 1 of 2 rows have figures of both." in text
+    text = peer_cells.report([], [ample, replace(ample, batch=8, peer_mebibytes=19.0)])
+    assert f"- {claim}**not met**, smallest 1.9 (A, vit_tiny, 768 px, batch 8); 2 of 2 rows" in text
+    assert f"- {claim}**not met**, no row has figures of both." in peer_cells.report([], [nothing])
+    assert claim not in peer_cells.report([], [small, other])
 
 
 def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
@@ -197,13 +359,14 @@ def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
 def test_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[Any]] = []
 
-    def in_process(_: str, task: list[Any]) -> dict[str, float] | str:
+    def in_process(_: str, task: list[Any], seconds: float) -> dict[str, float] | str:
         asked.append(task)
+        assert seconds == peers.START + 10 * peers.PATIENCE
         return "out of memory" if task[1] == "peer" else {"process": 7.0}
 
     monkeypatch.setattr(peers, "in_process", in_process)
     place = {**MADE_UP, "batch": 8}
-    (cell,) = peers.memory_cells(place, {"gradcam": peer_methods.PAIRS["gradcam"]})
+    (cell,) = peers.memory_cells(place, {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7)})
     assert (cell.ours_mebibytes, cell.peer_mebibytes, cell.peer_failure) == (7.0, None, "out of memory")
     assert cell.forward_mebibytes == cell.backward_mebibytes == 7.0
     assert [task[:2] for task in asked] == [
