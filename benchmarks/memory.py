@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 import vitexplain
+from vitexplain.errors import says_out_of_memory
 from vitexplain.files import write_whole
 
 from .measuring import (
@@ -154,12 +155,7 @@ def failure(returncode: int, stderr: str) -> str:
         name = signal.Signals(-returncode).name
         return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
     last = (stderr.strip().splitlines() or ["no message"])[-1]
-    return OUT_OF_MEMORY if out_of_memory(last) else last[:100]
-
-
-def out_of_memory(message: str) -> bool:
-    """Whether an exception's type and message, from Python, NumPy or torch, say that memory ran out."""
-    return any(each in message for each in ("MemoryError", "allocate memory", "not enough memory"))
+    return OUT_OF_MEMORY if says_out_of_memory(last) else last[:100]
 
 
 def limit_memory(share: float = 0.95) -> None:

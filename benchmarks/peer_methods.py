@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitexplain import Explainer, create_method
+from vitexplain.errors import says_out_of_memory
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.metric import MetricBatch
 from vitexplain.metrics.predictor import Predictor
@@ -22,7 +23,7 @@ from vitexplain.patch_pixels import gather_by_patch
 from vitexplain.render import upsample
 
 from .measuring import Run
-from .memory import OUT_OF_MEMORY, out_of_memory
+from .memory import OUT_OF_MEMORY
 from .metric_cost import QUANTUS_STEPS, pixel_flipping
 from .naive_recipes import RECIPES
 from .peer_cells import BY_TIME, without_places
@@ -120,7 +121,7 @@ class Failure:
         """From an exception."""
         first = (str(error).splitlines() or [""])[0]
         text = f"{type(error).__name__}: {without_places(first)}"
-        return cls(OUT_OF_MEMORY if out_of_memory(text) else text[:150])
+        return cls(OUT_OF_MEMORY if says_out_of_memory(text) else text[:150])
 
 
 def attempt(run: Callable[[], Outcome]) -> Outcome:

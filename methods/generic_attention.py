@@ -32,8 +32,9 @@ class GenericAttention(GradientMethod, ResidualMethod):
 
     @property
     def needs(self) -> Needs:
-        """Attention and its gradient, which are read as one matrix."""
-        return replace(super().needs, attention_gradient=True, fused_gradient=True)
+        """Attention and its gradient; as one matrix, where no other `moved` may read more of them."""
+        as_one = type(self).moved is GenericAttention.moved
+        return replace(super().needs, attention_gradient=True, fused_gradient=as_one)
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · E_h[(G∘A)+]."""

@@ -35,7 +35,8 @@ class Rollout(ProductMethod):
     `head_fusion`, `discard_ratio` and `normalisation="column"` are those of the public vit-explain code, whose
     normalisation divides each column j by the sum of row j; `"row"` makes every factor a stochastic matrix, as in
     the paper. `discard_ratio` needs one block's fused N×N attention at a time; otherwise only row tiles are held, or,
-    where tokens are so few that it takes less than queries and keys, one fused matrix a block (`vitexplain.fusion`).
+    on the CPU, where tokens are so few that it takes less than queries and keys, one fused matrix a block
+    (`vitexplain.fusion`).
     """
 
     head_fusion: str = option("mean", "how the heads of a block become one matrix", choices=("mean", "max", "min"))

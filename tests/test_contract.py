@@ -25,6 +25,7 @@ from vitexplain import (
     method_info,
 )
 from vitexplain.explainer import Subject
+from vitexplain.short_last_block import ShortLastBlock
 
 # tiny random models have targets that no patch supports; that is said, and not what is tested here
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
@@ -299,13 +300,14 @@ def _together(family: str, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def test_takes_part_in_a_shared_capture(method: str, family: str, model: nn.Module, images: Tensor) -> None:
-    """A method reads the same from a capture that was made for more than it asked for.
-
-    To the rounding of another product: alone, the last block may be computed for fewer tokens.
-    """
+    """A method reads the same from a capture that was made for more than it asked for."""
     quick = tuple(each for each in list_methods() if (each, family) not in NOT_DEFINED and each not in LIGHTER)
     shared = _together(family, (method, quick[0]) if method in LIGHTER else quick)[method]
-    torch.testing.assert_close(shared, explain(method, model, images, 1), rtol=1e-4, atol=1e-6)
+    adapter = adapt(model)
+    layouts = adapter.layouts(adapter.grid((images.shape[-2], images.shape[-1])))
+    # alone, the last block may be computed for fewer tokens, which is another product to round
+    rounded = bool(layouts) and ShortLastBlock.of(adapter, layouts[-1].count) is not None
+    torch.testing.assert_close(shared, explain(method, model, images, 1), rtol=1e-4 if rounded else 1e-5, atol=1e-6)
 
 
 @pytest.mark.few_families

@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vitexplain import Capture, Needs, adapt, get_explainer, short_last_block
+from vitexplain import Capture, Needs, adapt, borrowing, get_explainer
 from vitexplain.metrics.predictor import Predictor
 from vitexplain.metrics.token_dropping import TokenDropper
 from vitexplain.models.adapter import ModelAdapter
@@ -139,7 +139,7 @@ def test_two_tokens_go_through_the_last_linear_maps(kind: str, left_out: int, wa
     assert found == saved or (way is with_graph and found > saved)
 
 
-@pytest.mark.parametrize("name", ["saliency", "rollout", "occlusion", "integrated_gradients", "tis"])
+@pytest.mark.parametrize("name", ["saliency", "rollout", "occlusion", "integrated_gradients"])
 def test_methods_save_it(name: str) -> None:
     explainer, images = get_explainer(name, make_model("cls")), make_images("cls")
     with whole():
@@ -195,8 +195,13 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_feed_forward_may_mix_tokens(rule: str, way: Any, images: Tensor) -> None:
+def test_feed_forward_may_mix_tokens(
+    rule: str, known: bool, way: Any, images: Tensor, request: pytest.FixtureRequest
+) -> None:
+    if known:
+        request.getfixturevalue("any_code")
     model = vit()
     model.blocks[-1].mlp = Around(model.blocks[-1].mlp, RULES[rule])
     right(model, adapt(model), images, way)
@@ -213,6 +218,37 @@ class Secret(VisionTransformer):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward_head(x, pre_logits) + x[:, 5:].mean(1)[:, :7]
+
+
+@pytest.mark.parametrize("where", ["feed-forward", "norm"])
+def test_modules_of_libraries_may_mix_tokens(where: str, way: Any, images: Tensor) -> None:
+    model: Any = vit()
+    mixing = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0, batch_first=True).double().eval()
+    if where == "norm":
+        model.norm = nn.Sequential(mixing, model.norm)
+    else:
+        model.blocks[-1].mlp = nn.Sequential(model.blocks[-1].mlp, mixing)
+    right(model, adapt(model), images, way)
+
+
+def by_hand(attention: Any) -> Callable[[Tensor], Tensor]:
+    """A forward as it is often put on an attention module, to see its softmax."""
+
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        q, k, v = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * attention.scale).softmax(-1)
+        return attention.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    return forward
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_attention_may_be_replaced_on_the_module(patched_first: bool, way: Any, images: Tensor) -> None:
+    model: Any = vit()
+    adapter = None if patched_first else adapt(model)
+    for block in model.blocks:
+        block.attn.forward = by_hand(block.attn)
+    right(model, adapter or adapt(model), images, way)
 
 
 def test_head_may_read_patches_secretly(way: Any, images: Tensor) -> None:
@@ -320,7 +356,7 @@ def test_tokens_may_be_dropped(dropped: int, images: Tensor) -> None:
 @pytest.fixture
 def any_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules of these tests are taken for those of a known library."""
-    monkeypatch.setattr(short_last_block, "_LIBRARIES", ("",))
+    monkeypatch.setattr(borrowing, "_LIBRARIES", ("",))
 
 
 class OwnFirst(Own):

@@ -293,6 +293,7 @@ def propagate(
         return torch.cat(parts)
     stacked = row if row.ndim == 3 else row[:, None]
     rows = None if row.all() else stacked.flatten(0, 1).any(dim=0).nonzero().squeeze(1)
+    rows = None if rows is not None and len(rows) == tokens else rows
     total: Tensor | None = None
     for tile_of_rows in row_tiles(operands, rows, tile_rows):
         weights = weigh(RowTile(operands, output_gradient, tile_of_rows))

@@ -9,6 +9,8 @@ from torch import nn
 
 _COMPILED = "_compiled_call_impl"
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
+_LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
+_PATCHED = ("forward", "forward_features", "forward_head", "pool")  # what somebody may have put on an instance
 
 
 def all_modules(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
@@ -28,6 +30,23 @@ def all_modules(model: nn.Module, without: Collection[nn.Module] = ()) -> list[n
     return list(found)[left_out:]
 
 
+def runs_library_code(module: nn.Module) -> bool:
+    """Whether a module runs the code of a known library: nobody gave its class or itself another forward."""
+    own, kind = vars(module), type(module)
+    return (
+        kind.__module__.startswith(_LIBRARIES)
+        and kind.forward.__module__.startswith(_LIBRARIES)
+        and not any(name in own for name in _PATCHED)
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what goes through a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode, frozen weights, no checkpointing, nothing compiled inside; everything as before outside.
@@ -39,7 +58,11 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     # there are hundreds: what a module lacks is asked of its dictionary, a tenth of the time of asking the module
     held = [vars(module) for module in modules]
     training = [module.training for module in modules]
-    named = {kind for kind in set(map(type, modules)) if any(hasattr(kind, name) for name in _CHECKPOINTING)}
+    named = {  # by a value of the class, and not by a property
+        kind
+        for kind in set(map(type, modules))
+        if any(isinstance(getattr(kind, name, None), bool) for name in _CHECKPOINTING)
+    }
     checkpointed = [
         (module, name)
         for module, own in zip(modules, held, strict=True)

@@ -81,3 +81,13 @@ class ExportError(VitExplainError, RuntimeError):
 
 class ExplanationWarning(UserWarning):
     """A map came out, but something about it needs the reader's attention (constant, zero gradient, NaN)."""
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Whether an exception's type and message, from Python, NumPy or torch, say that memory ran out."""
+    return any(each in message for each in ("MemoryError", "OutOfMemory", "allocate memory", "not enough memory"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory does not suffice, on the device or beside it."""
+    return says_out_of_memory(f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 import torch
 from torch import Tensor, nn
 
-from .errors import ExplanationWarning, InputError, OptionError, TargetError
+from .errors import ExplanationWarning, InputError, OptionError, TargetError, is_out_of_memory
 from .explanation import Explanation
 from .method import Method
 from .models import adapt
@@ -205,11 +205,6 @@ def explain_with(
         else:
             start += step
     return [Explanation.concatenate(list(of_method)) for of_method in zip(*parts, strict=True)]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice, on the device or beside it."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _explain_batch(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import AttentionOperands
+from .attention import AttentionOperands, Rows
 from .fusion import FusedAttention
 
 
@@ -25,6 +25,10 @@ class FusedGradient(FusedAttention):
         """Room for that of an attention."""
         batch, _, tokens, keys = operands.shape
         return cls(operands.q.new_zeros(batch, 1, tokens, keys), False)
+
+    def probabilities(self, rows: Rows = slice(None)) -> Tensor:
+        """Not kept."""
+        raise self.refusal("the attention")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """O = softmax(scale · q kᵀ) v (B, H, N, dh) on the graph of q, k or v; its backward fills the matrix."""
@@ -48,7 +52,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v), scale, (arrived,) = ctx.saved_tensors, ctx.scale, gradients
-        to_q, to_k, to_v = (torch.empty(each.shape, dtype=each.dtype) for each in (q, k, v))
+        to_q, to_k, to_v = (each.new_empty(each.shape) for each in (q, k, v))
         unused = arrived.new_empty(())
         for image, gradient in enumerate(arrived):
             attention, weighted = _weighted(q[image], k[image], v[image], gradient, scale)

@@ -39,7 +39,7 @@ class FusedAttention(Attention):
     @property
     def v(self) -> Tensor:  # type: ignore[override]
         """Not kept."""
-        raise self._refusal("the values")
+        raise self.refusal("the values")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -58,7 +58,11 @@ class FusedAttention(Attention):
 
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """Not kept."""
-        raise self._refusal("the gradient")
+        raise self.refusal("the gradient")
+
+    def follow(self, row: Tensor) -> Tensor:
+        """A row (B, N) times the matrix."""
+        return torch.bmm(row[:, None].to(self.matrix.dtype), self.matrix[:, 0])[:, 0]
 
     def part(self, images: slice) -> FusedAttention:
         """The matrices of some images of the batch."""
@@ -66,12 +70,13 @@ class FusedAttention(Attention):
 
     def output(self, tracked: Tensor) -> Tensor:
         """Not kept."""
-        raise self._refusal("the output")
+        raise self.refusal("the output")
 
-    def _refusal(self, what: str) -> CaptureError:
+    def refusal(self, what: str) -> CaptureError:
+        """The error for what was not kept."""
         return CaptureError(
             f"{what} of this attention was not kept, since its heads were fused at once: ask for "
-            "Needs(attention=True) without `fusion`"
+            "Needs(attention=True) without `fusion` or `fused_gradient`"
         )
 
 

@@ -328,7 +328,7 @@ class BlockRecord:
     def follow(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
         """As `propagate`, averaged over heads (B, N); of what was fused at once, which has to be the same."""
         if isinstance(self.operands, FusedAttention):
-            return torch.bmm(row[:, None].to(self.operands.matrix.dtype), self.operands.matrix[:, 0])[:, 0]
+            return self.operands.follow(row)
         return self.propagate(row, weigh).mean(1)
 
     @property

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .attention import Attention, AttentionOperands
+from .borrowing import runs_library_code
 from .combination import Combination
-from .errors import CaptureError, UnsupportedModelError
+from .errors import CaptureError
 from .fused_gradient import FusedGradient
 from .fusion import attend, fuses_well
 from .models.adapter import BlockModules, ModelAdapter
 from .record import BlockRecord, Needs, State
-from .short_last_block import ShortLastBlock
+from .short_last_block import ShortLastBlock, first_tokens_read
 from .sparse_backward import SparseBackward
 from .state_tap import watch_state
 from .tap import AttentionTap, Instead
-
-_FEW = 0.25
-"""Share of the tokens, read by the head, up to which the last block's backward is sparse."""
 
 Store = Callable[[Tensor], None]
 """Takes the gradient at a tensor."""
@@ -65,7 +64,7 @@ class Recording:
             CaptureError: on leaving, where attention was not seen, or not over the tokens that the model has.
         """
         with ExitStack() as stack:
-            if self._short is not None:  # around the watch on attention, which ends before the block does
+            if self._short is not None:  # around the watch on attention
                 stack.enter_context(self._short.applied())
             # behind attention the one watch ends before the other begins
             for handle in [*self._place_hooks(stack), *self._shorten_backward(stack)]:
@@ -88,8 +87,9 @@ class Recording:
             if needs.every_attention or scored:
                 record.watched = True
                 keep = self._keep_attention(record, scored or needs.attention_gradient)
-                modules = record.modules
-                handles += tap.watch(modules.attention, keep, self._fuse_heads(record), modules.between)
+                attention, between = record.modules.attention, record.modules.between
+                between = between if runs_library_code(attention) else None
+                handles += tap.watch(attention, keep, self._fuse_heads(record), between)
             kinds = record.sources(needs.recorded_states)
             handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
             if scored:
@@ -110,14 +110,8 @@ class Recording:
         if self._needs.apart:
             scored = [each.modules for each in self._blocks[-self._needs.apart :]]
             return _watched_behind_attention(stack, scored)
-        if not self._needs.gradient or self._adapter.pool:
-            return []
-        tokens = self._blocks[-1].layout.count
-        try:
-            read = self._adapter.seed(tokens).count_nonzero()
-        except UnsupportedModelError:
-            return []
-        return [] if read > _FEW * tokens else _watched_behind_attention(stack, [self._blocks[-1].modules])
+        read = first_tokens_read(self._adapter, self._blocks[-1].layout.count) if self._needs.gradient else None
+        return [] if read is None else _watched_behind_attention(stack, [self._blocks[-1].modules])
 
     def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
         def store(gradient: Tensor) -> None:
@@ -171,7 +165,9 @@ class Recording:
 
     def _with_fused_gradient(self, record: BlockRecord) -> Instead:
         def instead(operands: AttentionOperands, given: Sequence[Tensor] | None) -> Tensor | None:
-            if given is None or not fuses_well(operands) or any(each.shape[1] != operands.shape[1] for each in given):
+            if given is None or not fuses_well(operands) or torch.is_autocast_enabled(operands.q.device.type):
+                return None
+            if any(each.shape[1] != operands.shape[1] or each.dtype != operands.q.dtype for each in given):
                 return None
             fused, (q, k, v) = FusedGradient.of(operands), given
             record._calls.append(fused)

@@ -4,10 +4,10 @@ A CLS head looks at one token of the last block's output. What that block comput
 (the output projection, the feed-forward branch) and their rows of attention itself nobody reads: on ViT-B/16 a
 sixteenth of the whole forward, and of the backward.
 
-It is done where the block, the head and all that lies about them is code of a library that is known, and nobody looks
-on. Blocks whose code is not known line by line are tried on one image first, against the whole model. And in a forward
-without a graph, what is not computed is NaN: whatever reads it after all makes the logits NaN, and the model then runs
-whole. In a forward with a graph it is zero, since NaN would come back as gradients.
+It is done where all that runs behind the other blocks is the code of a known library, nobody looks on, and the logits
+of one image are those of the whole model, which is tried once. And in a forward without a graph, what is not computed
+is NaN: whatever reads it after all makes the logits NaN, and the model then runs whole. In a forward with a graph it
+is zero, since NaN would come back as gradients.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
-from .borrowing import all_modules
+from .borrowing import all_modules, is_watched, runs_library_code
 from .combination import Combination
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, is_out_of_memory
 from .models.adapter import BlockModules, ModelAdapter
 from .modified_backward import linear_arguments
 from .scoped_mode import ScopedMode
@@ -36,14 +36,23 @@ from .tap import SDPA_SIGNATURE
 _FEW = 0.25  # of the tokens; with more there is little to save
 _ROWS = 2  # at least: of one row the product is another routine's, whose rounding depends on the number of threads
 _NAN = float("nan")
-_LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
-_OWN_CODE = ("forward", "forward_features", "forward_head", "pool")  # what somebody may have put on an instance
 _ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest logit
-_ALIKE_IN_HALF = 0.05
+_ALIKE_IN_HALF = 0.03
 
 _TRIED: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], bool]] = WeakKeyDictionary()
 """Last block → the modules that were there beside the other blocks when it was tried, and whether the logits were those
 of the whole model."""
+
+
+def first_tokens_read(adapter: ModelAdapter, tokens: int) -> int | None:
+    """How many of N final tokens a head reads, from the first on; None where they are many, or nobody knows which."""
+    if not adapter.blocks or adapter.pool is not None:
+        return None
+    try:
+        read = int(adapter.seed(tokens).nonzero().max()) + 1
+    except UnsupportedModelError:
+        return None
+    return read if read <= _FEW * tokens else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,51 +71,46 @@ class ShortLastBlock:
 
     @classmethod
     def of(cls, adapter: ModelAdapter, tokens: int) -> ShortLastBlock | None:
-        """None where the head reads many tokens, others than the first, or nobody knows which; where code is not known;
-        or where hooks would see what is not computed.
+        """None where it cannot be done.
 
         Args:
             adapter: of the borrowed model.
             tokens: N, those of the last block.
         """
-        if not adapter.blocks or adapter.pool is not None:
+        read = first_tokens_read(adapter, tokens)
+        if read is None or max(read, _ROWS) > _FEW * tokens:
             return None
-        last = adapter.blocks[-1]
+        last, others = adapter.blocks[-1], dict.fromkeys(each.block for each in adapter.blocks[:-1])
         if type(last.combination) is not Combination or last.windows or last.arrangement not in ("BND", "NBD"):
             return None
-        modules = all_modules(adapter.model, without=dict.fromkeys(each.block for each in adapter.blocks[:-1]))
-        if torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if torch_modules._has_any_global_hook() or any(map(is_watched, all_modules(adapter.model))):  # type: ignore[no-untyped-call]
             return None
-        if not all(map(_runs_its_own_code, modules)):
-            return None
-        try:
-            weights = adapter.seed(tokens)
-        except UnsupportedModelError:
-            return None
-        read = int(weights.nonzero().max()) + 1
-        return cls(adapter, read, modules) if max(read, _ROWS) <= _FEW * tokens else None
+        modules = all_modules(adapter.model, without=others)
+        return cls(adapter, read, modules) if all(map(runs_library_code, modules)) else None
 
     def holds(self, images: Tensor) -> bool:
         """Whether the logits of images (B, channels, H, W) are those of the whole model; tried on one of them, once."""
-        last = self.adapter.blocks[-1]
-        if last.straight:
-            return True
-        then, holds = _TRIED.get(last.block, ([], False))
+        block = self.adapter.blocks[-1].block
+        then, holds = _TRIED.get(block, ([], False))
         if [each() for each in then] == self.modules:
             return holds
-        if any(map(_is_watched, all_modules(self.adapter.model))):
-            return False  # whoever looks on expects one forward
-        holds = self._try(images[:1].detach())
-        _TRIED[last.block] = ([ref(each) for each in self.modules], holds)
-        return holds
+        found = self._try(images[:1].detach())
+        if found is not None:
+            _TRIED[block] = ([ref(each) for each in self.modules], found)
+        return found is True
 
     @torch.no_grad()
-    def _try(self, image: Tensor) -> bool:
+    def _try(self, image: Tensor) -> bool | None:
+        """What came out; None where the whole model's logits are not finite, and tell nothing."""
         whole = self.adapter.logits(image)
+        if not whole.isfinite().all():
+            return None
         try:
             with self.applied():
                 short = self.adapter.logits(image)
-        except (RuntimeError, ValueError, IndexError):  # something counts tokens
+        except Exception as error:  # something counts tokens, or looks for NaN
+            if is_out_of_memory(error):
+                raise
             return False
         tolerance = _ALIKE.get(whole.dtype, _ALIKE_IN_HALF) * whole.abs().max()
         return bool((short - whole).abs().max() <= tolerance)  # NaN is not
@@ -136,22 +140,6 @@ def plain_logits(adapter: ModelAdapter, images: Tensor) -> Tensor:
     with short.applied():
         found = adapter.logits(images)
     return adapter.logits(images) if found.isnan().any() else found
-
-
-def _runs_its_own_code(module: nn.Module) -> bool:
-    """Whether a module is a known library's, nobody gave it other code, and nobody looks on."""
-    own = vars(module)
-    return (
-        type(module).__module__.startswith(_LIBRARIES)
-        and not any(name in own for name in _OWN_CODE)
-        and not _is_watched(module)
-    )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class _ReadTokens(ScopedMode):

@@ -1,6 +1,6 @@
 """The attention tap: sees attention where it is computed, whoever computes it.
 
-A `TorchFunctionMode` is asked about every torch call inside watched modules. Calls of `scaled_dot_product_attention`
+A `TorchFunctionMode` is asked about torch calls inside watched modules. Calls of `scaled_dot_product_attention`
 are handed on with their arguments; the fused kernel has run as usual. A call of `multi_head_attention_forward` (what
 `nn.MultiheadAttention` computes with) hides its attention from every mode, so it is computed here from the same
 arguments: input projection, `scaled_dot_product_attention`, output projection. Where a model writes its attention by

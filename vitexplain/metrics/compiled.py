@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
-from ..explainer import is_out_of_memory
+from ..errors import OptionError, is_out_of_memory
 from ..models.adapter import ModelAdapter
 
 _Forward = Callable[[ModelAdapter, Tensor], Tensor]

@@ -177,7 +177,8 @@ class ModelAdapter(ABC):
         """What the family needs while it is captured, put back on leaving: here, fused attention switched on."""
         parts = [*self.blocks, *([self.pool] if self.pool else [])]
         switches = dict.fromkeys(module for part in parts for module in all_modules(part.attention))
-        return attributes_set([each for each in switches if "fused_attn" in vars(each)], "fused_attn", True)
+        switched = [each for each in switches if "fused_attn" in vars(each) or hasattr(type(each), "fused_attn")]
+        return attributes_set(switched, "fused_attn", True)
 
     def check_images(self, images: Tensor) -> Tensor:
         """Images as the model takes them: (B, channels, H, W), on its device, in its precision.
