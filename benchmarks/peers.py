@@ -22,8 +22,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib import metadata
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -289,14 +290,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _settings(threads: int) -> Iterator[None]:
-    """This process's threads, and so much memory that what needs more raises; both are set back."""
+    """This process's threads, and so much memory that what needs more raises; both are set back.
+
+    NumPy's threads are held, too: after a peer's decomposition they wait busily, and what runs next would pay for it.
+    """
     import resource
 
     before, limits = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_DATA)
     torch.set_num_threads(threads)
     limit_memory(HALF)
+    held: AbstractContextManager[Any] = nullcontext()
+    if find_spec("threadpoolctl"):  # comes with the peers that need it
+        held = import_module("threadpoolctl").threadpool_limits(threads)
     try:
-        yield
+        with held:
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
         torch.set_num_threads(before)
