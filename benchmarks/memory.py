@@ -16,10 +16,7 @@ import csv
 import gc
 import io
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,8 +26,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-import vitexplain
-from vitexplain.errors import says_out_of_memory
 from vitexplain.files import write_whole
 
 from .measuring import (
@@ -45,14 +40,10 @@ from .measuring import (
     random_vit,
     verdict,
 )
+from .processes import in_process
 
 LIMIT = 1.25
 """How many times the memory of forward + backward an explanation may take."""
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc's settings in every process: one arena; blocks from 64 KiB are mapped alone and unmapped when freed."""
-OUT_OF_MEMORY = "out of memory"
-"""How a row says so."""
-
 _MODULE = "vitexplain.benchmarks.memory"
 
 
@@ -123,39 +114,13 @@ def measure_here(name: str, model_name: str, size: int, device: str = "cpu") -> 
 
 def measure(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
     """Measures one candidate in a process of its own; a process that fails gives a row that says how."""
-    found = in_process(_MODULE, [name, model_name, size, device])
+    found = in_process(_limited, [name, model_name, size, device])
     return Peak(name, size, failure=found) if isinstance(found, str) else Peak(**found)
 
 
-def in_process(module: str, task: Sequence[object], seconds: float | None = None) -> dict[str, Any] | str:
-    """What ``python -m module --child task`` prints last, as JSON; or how that process failed, in a few words.
-
-    Args:
-        module: a driver.
-        task: what it measures.
-        seconds: when it is killed; None for never.
-    """
-    root = Path(vitexplain.__file__).resolve().parent.parent
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", module, "--child", json.dumps(task)]
-    environment = os.environ | ALLOCATOR | {"PYTHONPATH": path}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"took more than {seconds:.0f} s"
-    if done.returncode == 0:
-        printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return printed
-    return failure(done.returncode, done.stderr)
-
-
-def failure(returncode: int, stderr: str) -> str:
-    """How a process ended that did not end well, in a few words."""
-    if returncode < 0:
-        name = signal.Signals(-returncode).name
-        return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
-    last = (stderr.strip().splitlines() or ["no message"])[-1]
-    return OUT_OF_MEMORY if says_out_of_memory(last) else last[:100]
+def _limited(*task: Any) -> dict[str, Any]:
+    limit_memory()
+    return asdict(measure_here(*task))
 
 
 def limit_memory(share: float = 0.95) -> None:
@@ -245,15 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="vit_small_patch16_224", help="a timm Vision Transformer with a CLS token")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (not yet tried on one)")
     parser.add_argument("--output", type=Path, help="folder to write to")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if sys.platform != "linux":
         parser.error("peak memory is read from /proc: run it on Linux")
-    if options.child:
-        limit_memory()
-        print(json.dumps(asdict(measure_here(*json.loads(options.child)))))
-        return
     peaks = []
     for size in options.sizes:
         for name in [FORWARD_BACKWARD, *known_methods(options.methods), USUAL]:

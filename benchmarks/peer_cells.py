@@ -19,7 +19,7 @@ from vitexplain.files import write_whole
 
 from .measuring import FORWARD, FORWARD_BACKWARD, markdown_table
 
-BY_TIME = "more than --seconds"
+BY_TIME = "more than --longest"
 """What the reason of a row that is left out says where it would take too long."""
 LARGE = 768
 """Image side in pixels from which on attention makes up most of the memory."""
@@ -228,8 +228,8 @@ that its documentation shows, and the method here that computes the same. Ratios
 median [quartiles]. `{FORWARD}` has no graph; `{FORWARD_BACKWARD}` has frozen weights and the gradient at the first
 block's input. *Alike* is the mean rank correlation of the two maps and their largest difference as a share of a map's
 range. A pair has as many rounds as fit its time, after a call that does not count; where no more than one call fits,
-that one is the round. *Naive* recipes are written out in `benchmarks/naive_recipes.py`: one image at a time, attention
-and its gradient kept whole, N×N products.
+that one is the round, and has no spread. *Naive* recipes are written out in `benchmarks/naive_recipes.py`: one image at
+a time, attention and its gradient kept whole, N×N products.
 """
 
 _MEMORY = """## Memory

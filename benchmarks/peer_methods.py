@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vitexplain import Explainer, create_method
-from vitexplain.errors import says_out_of_memory
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.metric import MetricBatch
 from vitexplain.metrics.predictor import Predictor
@@ -23,7 +22,6 @@ from vitexplain.patch_pixels import gather_by_patch
 from vitexplain.render import upsample
 
 from .measuring import Run
-from .memory import OUT_OF_MEMORY
 from .metric_cost import QUANTUS_STEPS, pixel_flipping
 from .naive_recipes import RECIPES
 from .peer_cells import BY_TIME, without_places
@@ -37,6 +35,7 @@ from .peer_libraries import (
     lxt_attnlrp,
     torchcam_legrad,
 )
+from .processes import failure
 
 STEPS = 10
 """Steps of integrated gradients, on both sides."""
@@ -73,6 +72,10 @@ class Pair:
     peer_rows: Rows
     cost: Cost
 
+    def names(self, name: str) -> dict[str, Any]:
+        """The fields of a `peer_cells.Cell` that say what is compared; `name` is the pair's own."""
+        return {"pair": name, "ours": self.ours, "peer": self.peer}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,13 +83,15 @@ class Plan:
 
     Attributes:
         call: seconds that one call of both sides takes, about.
-        seconds: what all calls may take.
+        seconds: what all calls may take, where they are several.
         most: rounds, at most.
+        longest: what one call may take.
     """
 
     call: float
     seconds: float
     most: int
+    longest: float
 
     @property
     def warm(self) -> bool:
@@ -95,19 +100,19 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        """How many rounds fit; 0 where not even one call does."""
+        """How many rounds fit; 0 where one call takes too long."""
         return min(self._calls - self.warm, self.most)
 
     @property
     def _calls(self) -> int:
-        return int(self.seconds // self.call)
+        return max(int(self.seconds // self.call), int(self.call <= self.longest))
 
     @property
     def left_out(self) -> str:
         """Why the pair does not run, if it does not."""
         if self.rounds:
             return ""
-        return f"about {self.call:.0f} s for one call of both sides, {BY_TIME} {self.seconds:g}"
+        return f"about {self.call:.0f} s for one call of both sides, {BY_TIME} {self.longest:g}"
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,7 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """From an exception."""
-        first = (str(error).splitlines() or [""])[0]
-        text = f"{type(error).__name__}: {without_places(first)}"
-        return cls(OUT_OF_MEMORY if says_out_of_memory(text) else text[:150])
+        return cls(without_places(failure(error))[:150])
 
 
 def attempt(run: Callable[[], Outcome]) -> Outcome:
@@ -149,10 +152,10 @@ class Side:
     called: int = 0
 
     @classmethod
-    def of(cls, prepare: Prepare, subject: Subject, plan: Plan) -> Side:
-        """Ready to run, or failed."""
+    def of(cls, prepare: Prepare, subject: Subject, plan: Plan, *, called: int = 0) -> Side:
+        """Ready to run, or failed; `called` is 1 where no call goes before the rounds of any pair."""
         run = attempt(lambda: prepare(subject))
-        return cls(None, plan, run) if isinstance(run, Failure) else cls(run, plan)
+        return cls(None, plan, run, called) if isinstance(run, Failure) else cls(run, plan, called=called)
 
     @property
     def failure(self) -> str:

@@ -88,11 +88,20 @@ class Times:
     wall: list[float] = field(default_factory=list)
 
 
-def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "") -> dict[str, Times]:
-    """Times every run once a round, each round beginning with another one; one round before does not count."""
+def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "", *, warm: bool = True) -> dict[str, Times]:
+    """Times every run once a round, each round beginning with another one.
+
+    Args:
+        runs: by name.
+        rounds: how many count.
+        progress: what the bar is called; no bar without.
+        warm: whether a round goes before that does not count.
+    """
     times: dict[str, Times] = {name: Times() for name in runs}
     names = list(runs)
-    for index in tqdm(range(-1, rounds), desc=progress, unit="round", disable=None if progress else True):
+    for index in tqdm(
+        range(-1 if warm else 0, rounds), desc=progress, unit="round", disable=None if progress else True
+    ):
         first = index % len(names)
         for name in names[first:] + names[:first]:
             gc.collect()

@@ -140,9 +140,12 @@ def linear_model() -> nn.Module:
 def test_in_a_linear_model_it_is_the_plain_gradient(name: str) -> None:
     model = linear_model()
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = explain(model, images, name)
+    # uniform attention makes the smallest weights equal: which of them are left out is up to rounding
+    options: dict[str, Any] = {"discard_ratio": 0.0} if name == "gradient_rollout" else {}
+    plain = explain(model, images, name, **options)
     assert plain.any()
-    torch.testing.assert_close(explain(model, images, name, gradient="balanced"), plain, rtol=1e-9, atol=1e-12)
+    found = explain(model, images, name, **options, gradient="balanced")
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-12)
 
 
 class ConstantScale(nn.Module):
@@ -343,17 +346,18 @@ TARGETS: dict[str, Any] = {"classes": [[1, 4], [0, 2]], "contrast": (1, 4), "fun
 @functools.cache
 def _beside_plain_ones(kind: str) -> dict[tuple[str, str], Tensor]:
     asked = [(name, gradient) for name in CHOOSING for gradient in ("plain", "balanced")]
-    scores = scores_together(make_model("registers"), make_images("registers"), TARGETS[kind], asked)
+    scores = scores_together(make_model("registers").double(), make_images("registers").double(), TARGETS[kind], asked)
     return dict(zip(asked, scores, strict=True))
 
 
 @pytest.mark.parametrize("name", CHOOSING)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_beside_plain_gradients_maps_are_the_same(name: str, kind: str) -> None:
-    model, images = make_model("registers"), make_images("registers")
+    # in double precision: what cancels in a sum over channels is mostly rounding in single
+    model, images = make_model("registers").double(), make_images("registers").double()
     for gradient in ("plain", "balanced"):
         alone = explain(model, images, name, TARGETS[kind], gradient=gradient)
-        torch.testing.assert_close(_beside_plain_ones(kind)[name, gradient], alone, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(_beside_plain_ones(kind)[name, gradient], alone, rtol=1e-4, atol=1e-9)
 
 
 READING = [name for name in CHOOSING if method_info(name).passes == "1F + 1B" and create_method(name).needs.gradient]

@@ -7,6 +7,9 @@ import csv
 import importlib.util
 import io
 import json
+import os
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ from torch import nn
 from vitexplain import Capture, Needs, get_explainer
 from vitexplain.benchmarks import (
     measuring,
-    memory,
     naive_recipes,
     peer_cells,
     peer_libraries,
+    peer_memory,
+    peer_times,
     peers,
+    processes,
     scaling,
 )
 from vitexplain.benchmarks.peer_cells import MemoryCell, TimeCell
@@ -33,7 +38,7 @@ from vitexplain.block_scores import RECORDED, score_blocks
 
 TINY = "vit_tiny_patch16_224"
 SIZE = 64
-AMPLE = Plan(call=1.0, seconds=60.0, most=2)
+AMPLE = Plan(call=1.0, seconds=60.0, most=2, longest=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +138,7 @@ def raising(error: Exception, after: int = 0) -> Prepare:
 
 
 def timed(subject: Subject, pair: Pair, plan: Plan = AMPLE) -> TimeCell:
-    (cell,) = peers.time_cells({**PLACE, "load": 0.5}, subject, {"gradcam": pair}, {"gradcam": plan})
+    (cell,) = peer_times.time_cells({**PLACE, "load": 0.5}, subject, {"gradcam": pair}, {"gradcam": plan})
     return cell
 
 
@@ -173,20 +178,22 @@ def test_a_side_that_runs_out_of_memory_fails_alone(subject: Subject, error: Exc
         (20.0, 2, True),
         (30.0, 1, True),
         (31.0, 1, False),
-        (61, 0, False),
+        (61.0, 1, False),
+        (90.0, 1, False),
+        (91.0, 0, False),
     ],
 )
 def test_as_many_rounds_as_fit_a_minute(call: float, rounds: int, warm: bool) -> None:
-    plan = Plan(call, seconds=60, most=7)
+    plan = Plan(call, seconds=60, most=7, longest=90)
     assert (plan.rounds, plan.warm) == (rounds, warm)
     assert bool(plan.left_out) == (rounds == 0)
 
 
 def test_a_pair_that_does_not_fit_says_what_it_takes() -> None:
-    assert Plan(310.2, 60.0, 7).left_out == "about 310 s for one call of both sides, more than --seconds 60"
+    assert Plan(310.2, 60.0, 7, 300.0).left_out == "about 310 s for one call of both sides, more than --longest 300"
 
 
-@pytest.mark.parametrize(("plan", "calls"), [(Plan(1, 60, 2), [1, 1, 1, 0]), (Plan(40, 60, 2), [0, 1, 0, 0])])
+@pytest.mark.parametrize(("plan", "calls"), [(Plan(1, 60, 2, 60), [1, 1, 1, 0]), (Plan(40, 60, 2, 60), [0, 1, 0, 0])])
 def test_a_side_works_in_the_rounds_of_its_plan(plan: Plan, calls: list[int]) -> None:
     done: list[int] = []
     side = Side(lambda: done.append(1), plan)
@@ -204,9 +211,9 @@ def test_what_pairs_cost() -> None:
 
 
 def test_pairs_of_other_plans_share_the_rounds(subject: Subject) -> None:
-    plans = {"layer_gradcam": Plan(1, 60, 3), "saliency": Plan(40, 60, 3)}
+    plans = {"layer_gradcam": Plan(1, 60, 3, 60), "saliency": Plan(40, 60, 3, 60)}
     pairs = {name: PAIRS[name] for name in plans}
-    many, one = peers.time_cells({**PLACE, "load": 0.5}, subject, pairs, plans)
+    many, one = peer_times.time_cells({**PLACE, "load": 0.5}, subject, pairs, plans)
     assert (many.rounds, one.rounds) == (3, 1)
     assert one.speedup is not None
     assert one.speedup[0] == one.speedup[1] == one.speedup[2] > 0
@@ -220,10 +227,10 @@ def tiny_run(folder: Path, *arguments: str) -> str:
 
 
 def test_pairs_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "forward_seconds", lambda *_: 5.0)
+    monkeypatch.setattr(peers, "forward_seconds", lambda *_: 50.0)
     text = tiny_run(tmp_path, "--what", "all", "--batches", "8,32", "--only", "naive_rollout,saliency")
     assert text.count("| left out: about ") == 8
-    assert "left out: about 200 s for one call of both sides, more than --seconds 60 |" in text
+    assert "left out: about 2000 s for one call of both sides, more than --longest 600 |" in text
     assert (
         text.count("- Left out by time: 4 of 4 rows: vit_tiny, 32 px, batch 8 (2); vit_tiny, 32 px, batch 32 (2).") == 2
     )
@@ -234,7 +241,7 @@ def test_a_place_whose_plain_pass_fails_is_left_out(tmp_path: Path, monkeypatch:
     def no_memory(*_: object) -> torch.Tensor:
         raise MemoryError
 
-    monkeypatch.setattr(peers, "forward_backward", no_memory)
+    monkeypatch.setattr(peer_times, "forward_backward", no_memory)
     text = tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
     assert (
         "- Left out (out of memory): 2 of 2 rows: vit_tiny, 32 px, batch 1 (1); vit_tiny, 32 px, batch 2 (1)." in text
@@ -256,8 +263,55 @@ def test_cheap_places_come_first() -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------ processes
+
+
+def answered(value: float) -> dict[str, Any]:
+    return {"value": value, "process": os.getpid(), "allocator": os.environ.get("MALLOC_ARENA_MAX")}
+
+
+def raised(kind: str) -> dict[str, Any]:
+    raise {"memory": MemoryError, "lookup": LookupError}[kind]("first line\nsecond")
+
+
+def killed(signal_number: int) -> dict[str, Any]:
+    os.kill(os.getpid(), signal_number)
+    return {}
+
+
+def never_done() -> dict[str, Any]:
+    time.sleep(600)
+    return {}
+
+
+def test_each_measurement_has_a_process_of_its_own() -> None:
+    found = [processes.in_process(answered, [value]) for value in (1.5, 2.5)]
+    assert all(isinstance(each, dict) for each in found)
+    first, second = (dict(each) for each in found if isinstance(each, dict))
+    assert (first["value"], second["value"]) == (1.5, 2.5)
+    assert len({first["process"], second["process"], os.getpid()}) == 3
+    assert first["allocator"] == processes.ALLOCATOR["MALLOC_ARENA_MAX"]
+    assert "MALLOC_ARENA_MAX" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("measure", "task", "said"),
+    [
+        (raised, "memory", "out of memory"),
+        (raised, "lookup", "LookupError: first line"),
+        (killed, 9, "killed by SIGKILL, as when memory runs out"),
+        (killed, 11, "killed by SIGSEGV"),
+        (sys.exit, 3, "ended with status 3 and no figure"),
+    ],
+)
+def test_a_process_that_fails_says_how(measure: Any, task: object, said: str) -> None:
+    assert processes.in_process(measure, [task]) == said
+
+
 def test_a_process_is_killed_when_its_time_is_over() -> None:
-    assert memory.in_process("vitexplain.benchmarks.peers", [], 0.01) == "took more than 0 s"
+    began = time.monotonic()
+    assert processes.in_process(never_done, [], 0.5) == "took more than 0 s"
+    assert time.monotonic() - began < 60
 
 
 # ------------------------------------------------------------------------------------------ the tables
@@ -294,7 +348,9 @@ def test_the_place_of_the_data_stays_out_of_the_tables() -> None:
     assert peers._without_paths(["--rounds", "1", "--data", "/somewhere"]) == ["--rounds", "1", "--data", "…"]
 
 
-@pytest.mark.parametrize(("argument", "value"), [("--only", "gradcamm"), ("--rounds", "0"), ("--seconds", "0")])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("--only", "gradcamm"), ("--rounds", "0"), ("--seconds", "0"), ("--longest", "0")]
+)
 def test_bad_arguments_are_refused_before_anything_is_measured(
     argument: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,14 +415,14 @@ def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
 def test_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[Any]] = []
 
-    def in_process(_: str, task: list[Any], seconds: float) -> dict[str, float] | str:
+    def in_process(_: object, task: list[Any], seconds: float) -> dict[str, float] | str:
         asked.append(task)
-        assert seconds == peers.START + 10 * peers.PATIENCE
+        assert seconds == peer_memory.START + 10 * peer_memory.PATIENCE
         return "out of memory" if task[1] == "peer" else {"process": 7.0}
 
-    monkeypatch.setattr(peers, "in_process", in_process)
+    monkeypatch.setattr(peer_memory, "in_process", in_process)
     place = {**MADE_UP, "batch": 8}
-    (cell,) = peers.memory_cells(place, {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7)})
+    (cell,) = peer_memory.memory_cells(place, {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7, 60.0)})
     assert (cell.ours_mebibytes, cell.peer_mebibytes, cell.peer_failure) == (7.0, None, "out of memory")
     assert cell.forward_mebibytes == cell.backward_mebibytes == 7.0
     assert [task[:2] for task in asked] == [

@@ -132,7 +132,9 @@ class AttentionOperands(Attention):
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Attention after the softmax (B, H, T, N)."""
-        return AttentionOperands.scores(self, rows).softmax(dim=-1)
+        scores = AttentionOperands.scores(self, rows)
+        # in its own memory, since new memory is slow
+        return torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
 
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""

@@ -2,7 +2,8 @@
 
 The backward of attention needs A and dy/dA itself, and the model's own kernel shows neither. Reading their product
 behind the backward pass means computing both a second time. Where one image's attention stays in the cache, attention's
-backward is written out here instead: what it multiplies is multiplied once, and one matrix a block is kept.
+backward is written out here instead: what it multiplies is multiplied once, and one matrix a block is kept. Of one image
+alone A is kept as well, which is in the cache still when it is asked for again.
 """
 
 from __future__ import annotations
@@ -37,39 +38,58 @@ class FusedGradient(FusedAttention):
 
     def receive(self, operands: AttentionOperands, output_gradient: Tensor) -> None:
         """Fills the matrix where nothing goes back behind this attention, from dy/dO (B, H, N, dh)."""
-        for image in range(len(output_gradient)):
-            q, k, v = operands.q[image], operands.k[image], operands.v[image]
-            _fuse(*_weighted(q, k, v, output_gradient[image], operands.scale)[1:], self.matrix[image])
+        q, k, v = operands.q, operands.k, operands.v
+        first, second = _matrix(q, k), _matrix(q, k)
+        for image, gradient in enumerate(output_gradient):
+            attention = _attention(q[image], k[image], operands.scale, out=first)
+            _fuse(_weighted(attention, v[image], gradient, out=second), self.matrix[image])
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.matrix = scale, matrix
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        if len(q) > 1:
+            ctx.save_for_backward(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        # of one image, it is in the cache still when it is asked for again
+        attention = _attention(q[0], k[0], scale, out=_matrix(q, k))
+        ctx.save_for_backward(q, k, v, attention)
+        output = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        torch.bmm(attention, v[0], out=output[0])
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v), scale, (arrived,) = ctx.saved_tensors, ctx.scale, gradients
+        (q, k, v, *kept), scale, (arrived,) = ctx.saved_tensors, ctx.scale, gradients
         to_q, to_k, to_v = (each.new_empty(each.shape) for each in (q, k, v))
-        unused = arrived.new_empty(())
+        first, second, unused = _matrix(q, k), _matrix(q, k), q.new_empty(())
         for image, gradient in enumerate(arrived):
-            attention, weighted = _weighted(q[image], k[image], v[image], gradient, scale)
+            attention = kept[image] if kept else _attention(q[image], k[image], scale, out=first)
+            weighted = _weighted(attention, v[image], gradient, out=second)
             torch.bmm(attention.mT, gradient, out=to_v[image])
             # of the softmax, on what it was taken of: dy/dA ∘ A less A times the sum of that over keys
-            score = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1, out=attention)
+            score = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1, out=first)
             torch.baddbmm(unused, score, k[image], beta=0, alpha=scale, out=to_q[image])
             torch.baddbmm(unused, score.mT, q[image], beta=0, alpha=scale, out=to_k[image])
             _fuse(weighted, ctx.matrix[image])
         return to_q, to_k, to_v, None, None
 
 
-def _weighted(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A and dy/dA ∘ A of one image, each (H, N, N); q, k, v and dy/dO are (H, N, dh)."""
-    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
-    attention = torch.softmax(scores, -1, out=scores)
-    return attention, torch.bmm(gradient, v.mT).mul_(attention)
+def _matrix(q: Tensor, k: Tensor) -> Tensor:
+    """Room for a matrix (H, N, N), which serves all images: new memory is slow."""
+    return q.new_empty(q.shape[1], q.shape[2], k.shape[2])
+
+
+def _attention(q: Tensor, k: Tensor, scale: float, out: Tensor) -> Tensor:
+    """A (H, N, N) of one image."""
+    torch.baddbmm(out, q, k.mT, beta=0, alpha=scale, out=out)
+    return torch.softmax(out, -1, out=out)
+
+
+def _weighted(attention: Tensor, v: Tensor, gradient: Tensor, out: Tensor) -> Tensor:
+    """dy/dA ∘ A (H, N, N) of one image, from dy/dO (H, N, dh)."""
+    return torch.bmm(gradient, v.mT, out=out).mul_(attention)
 
 
 def _fuse(weighted: Tensor, matrix: Tensor) -> None:

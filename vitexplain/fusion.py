@@ -101,11 +101,13 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
     """A with its heads fused, and O = A v (B, H, N, dh); image by image, so that A stays in the cache."""
     batch, heads, tokens, keys = operands.shape
     matrix = operands.q.new_empty(batch, 1, tokens, keys)
-    output = operands.v.new_empty(batch, heads, tokens, operands.v.shape[-1])
-    unused, share = matrix.new_empty(()), matrix.new_full((1, heads), 1 / heads)
+    # heads side by side, as the model puts them together next; and one matrix for all, since new memory is slow
+    output = operands.v.new_empty(batch, tokens, heads, operands.v.shape[-1]).transpose(1, 2)
+    weights, share = matrix.new_empty(heads, tokens, keys), matrix.new_full((1, heads), 1 / heads)
     for image in range(batch):
         q, k, v = operands.q[image], operands.k[image], operands.v[image]
-        weights = torch.baddbmm(unused, q, k.mT, beta=0, alpha=operands.scale).softmax(-1)
+        torch.baddbmm(weights, q, k.mT, beta=0, alpha=operands.scale, out=weights)
+        torch.softmax(weights, -1, out=weights)
         if fusion == "mean":  # a matrix product is the faster sum over a few heads
             torch.mm(share, weights.flatten(1), out=matrix[image].flatten(1))
         else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
+from math import ceil
 from operator import or_
 
 import torch
@@ -18,6 +19,10 @@ from .models.adapter import ModelAdapter, first_weight
 from .modified_backward import BackwardRules
 from .record import Needs
 from .targets import ExplainedScore, ResolvedTarget, Target, is_function, resolve_target, select_target
+
+CPU_PIXELS = 2**20
+"""How many pixels of images are captured at a time on the CPU. More gain no time there and may lose some, as what a
+block holds has to fit a cache, while memory grows with them: 20 images of 224 pixels, one of 768."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +42,11 @@ class Attributed:
     maps: list[tuple[Tensor, Tensor]]
 
     @staticmethod
-    def concatenate(parts: Sequence[Attributed]) -> Attributed:
-        """One batch of several, none of whose targets is a function."""
+    def concatenate(parts: Sequence[Attributed], images: Tensor) -> Attributed:
+        """One batch of several, none of whose targets is a function; its images are those of the parts."""
         maps = zip(*(part.maps for part in parts), strict=True)
         return Attributed(
-            torch.cat([part.images for part in parts]),
+            images,
             torch.cat([part.logits for part in parts]),
             ResolvedTarget.concatenate([part.target for part in parts]),
             [(torch.cat(scores), torch.cat(shares)) for scores, shares in (zip(*each, strict=True) for each in maps)],
@@ -102,18 +107,31 @@ def _by_backward(methods: Sequence[Method]) -> list[list[int]]:
 def _attribute_in_turn(
     methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target | ResolvedTarget
 ) -> Attributed:
-    """Scores of one batch by methods with the same rules, of as many images at a time as these take."""
-    rules = methods[0].needs.backward
-    step = None if rules is None else rules.images_at_a_time(images.device)
+    """Scores of one batch by methods with the same rules, of as many images at a time as pays."""
+    step = _images_at_a_time(methods[0].needs.backward, adapter, images)
     # a function of the logits may treat the images of its batch differently, and is shown all of them
-    if step is None or step >= len(images) or is_function(target):
+    if step >= len(images) or is_function(target):
         return _attribute(methods, adapter, images, target)
-    parts = []
+    images, parts = adapter.check_images(images), []
     for start in range(0, len(images), step):
         rows = slice(start, min(start + step, len(images)))
         theirs = target.of_images(rows) if isinstance(target, ResolvedTarget) else select_target(target, rows)
         parts.append(_attribute(methods, adapter, images[rows], theirs))
-    return Attributed.concatenate(parts)
+    return Attributed.concatenate(parts, images)
+
+
+def _images_at_a_time(rules: BackwardRules | None, adapter: ModelAdapter, images: Tensor) -> int:
+    """How many images go into one capture: as many as rules take and, on the CPU, `CPU_PIXELS` hold, in equal parts."""
+    count = len(images)
+    if images.ndim != 4 or count < 2:
+        return count
+    weight = first_weight(adapter.model)
+    device = images.device if weight is None else weight.device
+    limits = [count, None if rules is None else rules.images_at_a_time(device)]
+    if device.type == "cpu":
+        parts = ceil(count / max(1, CPU_PIXELS // max(1, images.shape[-2] * images.shape[-1])))
+        limits.append(ceil(count / parts))
+    return min(limit for limit in limits if limit is not None)
 
 
 def _attribute(

@@ -1,0 +1,83 @@
+"""Peaks of memory of both sides of each pair and of the plain passes, each of a process of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .measuring import FORWARD, FORWARD_BACKWARD, Run, forward, forward_backward, random_images, random_vit
+from .memory import limit_memory, resident_rise
+from .peer_cells import MemoryCell, without_places
+from .peer_libraries import Subject
+from .peer_methods import PAIRS, Pair, Plan
+from .processes import in_process
+
+START = 60.0
+"""Seconds that a process may take before it measures."""
+PATIENCE = 4.0
+"""How many times as long as planned a process may take to measure: it gives each block of memory back at once."""
+
+HALF = 0.48
+"""Share of the machine's memory that a process may take, of two at a time."""
+
+
+def memory_cells(place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan]) -> list[MemoryCell]:
+    """Measures both sides of all pairs and the plain passes; weights are random.
+
+    Args:
+        place: the fields of a cell that say where it is measured, besides the pair.
+        pairs: what is measured.
+        plans: how long a call takes.
+    """
+    where = [place["model"], place["size"], place["batch"], place["threads"]]
+
+    def measured(name: str, side: str, call: float) -> dict[str, Any] | str:
+        return in_process(measure_here, [name, side, *where], START + PATIENCE * call)
+
+    longest = max(plans[name].call for name in pairs)
+    plain = {name: measured(name, "plain", longest) for name in (FORWARD, FORWARD_BACKWARD)}
+    reference = {name: each["process"] for name, each in plain.items() if isinstance(each, dict)}
+    cells = []
+    for name, pair in pairs.items():
+        found = {side: measured(name, side, plans[name].call) for side in ("ours", "peer")}
+        figures = {side: each["process"] for side, each in found.items() if isinstance(each, dict)}
+        failures: dict[str, Any] = {
+            f"{side}_failure": without_places(each)[:150] for side, each in found.items() if isinstance(each, str)
+        }
+        cells.append(
+            MemoryCell(
+                **place,
+                **pair.names(name),
+                forward_mebibytes=reference.get(FORWARD),
+                backward_mebibytes=reference.get(FORWARD_BACKWARD),
+                ours_mebibytes=figures.get("ours"),
+                peer_mebibytes=figures.get("peer"),
+                **failures,
+            )
+        )
+    return cells
+
+
+def measure_here(name: str, side: str, model_name: str, size: int, batch: int, threads: int) -> dict[str, float]:
+    """Peak memory of one side of a pair, or of a plain pass, in this process: ``process``, in MiB."""
+    limit_memory(HALF)
+    torch.set_num_threads(threads)
+
+    def run_of(of: Subject) -> Run:
+        if side == "plain":
+            plain = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}[name]
+            return lambda: plain(of.model, of.images)
+        return {"ours": PAIRS[name].run_ours, "peer": PAIRS[name].run_peer}[side](of)
+
+    def random_subject(size: int, batch: int, **options: Any) -> Subject:
+        return Subject(
+            random_vit(model_name, size, **options), random_images(batch, size), torch.zeros(batch, dtype=torch.long)
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_of(random_subject(96, 1, depth=4))()  # loads what is loaded lazily
+        return {"process": resident_rise(run_of(random_subject(size, batch)))}

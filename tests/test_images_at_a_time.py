@@ -1,0 +1,101 @@
+"""Large batches are captured a few images at a time on the CPU, and nobody can tell from what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vitexplain import create_method, explain_with, get_explainer, list_methods, shared_capture
+from vitexplain.benchmarks.measuring import random_images, random_vit
+from vitexplain.explainer import Subject
+from vitexplain.shared_capture import CPU_PIXELS, _images_at_a_time
+
+SIZE = 32
+
+pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")  # of constant maps
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return random_vit("vit_tiny_patch16_224", SIZE, depth=2, num_classes=5)
+
+
+@pytest.fixture
+def seen(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward of the model had, where no more than two images' pixels are captured at a time."""
+    monkeypatch.setattr(shared_capture, "CPU_PIXELS", 2 * SIZE**2 + 1)
+    sizes: list[int] = []
+    inner = model.forward
+
+    def forward(images: Tensor) -> Any:
+        sizes.append(len(images))
+        return inner(images)
+
+    monkeypatch.setattr(model, "forward", forward)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "expected"), [(8, 224, 8), (32, 224, 16), (8, 384, 4), (32, 768, 1), (1, 2000, 1)]
+)
+def test_how_many(model: nn.Module, batch: int, size: int, expected: int) -> None:
+    images = torch.empty(batch, 3, 1, 1).expand(-1, -1, size, size)
+    assert _images_at_a_time(None, Subject.of(model).adapter, images) == expected
+    assert expected * size**2 <= CPU_PIXELS or expected == 1
+
+
+def test_elsewhere_all_go_at_once() -> None:
+    with torch.device("meta"):
+        elsewhere = random_vit("vit_tiny_patch16_224", 224)
+    images = torch.empty(64, 3, 1, 1).expand(-1, -1, 224, 224)
+    assert _images_at_a_time(None, Subject.of(elsewhere).adapter, images) == 64
+
+
+@pytest.mark.parametrize("name", ["rollout", "generic_attention", "gradcam", "random_scores", "integrated_gradients"])
+def test_maps_are_those_of_the_whole_batch(
+    name: str, model: nn.Module, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert name in list_methods()
+    images, targets = random_images(5, SIZE), torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]])
+    options: dict[str, Any] = {"steps": 4} if name == "integrated_gradients" else {}
+    explainer = get_explainer(name, model, **options)
+    parts = explainer(images, targets)
+    assert max(seen) < 5
+    monkeypatch.setattr(shared_capture, "CPU_PIXELS", CPU_PIXELS)
+    whole = explainer(images, targets)
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(parts.inputs, images)
+    assert torch.equal(parts.targets, whole.targets)
+
+
+def test_images_are_not_copied(model: nn.Module, seen: list[int]) -> None:
+    images = random_images(5, SIZE)
+    found = get_explainer("rollout", model)(images)
+    assert sorted(seen)[-3:] == [1, 2, 2]
+    assert found.inputs.data_ptr() == images.data_ptr()
+
+
+def test_a_function_of_the_logits_is_shown_all_of_them(model: nn.Module, seen: list[int]) -> None:
+    images, shapes = random_images(5, SIZE), []
+
+    def score(logits: Tensor) -> Tensor:
+        shapes.append(tuple(logits.shape))
+        return logits[:, 0]
+
+    found = get_explainer("gradcam", model)(images, score)
+    assert set(shapes) == {(5, 5)}
+    torch.testing.assert_close(found.scores, get_explainer("gradcam", model)(images, 0).scores, rtol=1e-4, atol=1e-7)
+
+
+def test_methods_together(model: nn.Module, seen: list[int]) -> None:
+    methods = [create_method(name) for name in ("gradcam", "transformer_attribution", "rollout")]
+    images = random_images(5, SIZE)
+    together = explain_with(methods, Subject.of(model), images)
+    for method, found in zip(methods, together, strict=True):
+        alone = explain_with([method], Subject.of(model), images, batch_size=1)[0]
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-3, atol=1e-6)
+        assert torch.equal(found.targets, alone.targets)
