@@ -2,8 +2,8 @@
 
 The backward of attention needs A and dy/dA itself, and the model's own kernel shows neither. Reading their product
 behind the backward pass means computing both a second time. Where one image's attention stays in the cache, attention's
-backward is written out here instead: what it multiplies is multiplied once, and one matrix a block is kept. Of one image
-alone A is kept as well, which is in the cache still when it is asked for again.
+backward is written out here instead: what it multiplies is multiplied once, and one matrix a block is kept. Of an image
+that comes alone A is kept as well: it is in the cache still when it is asked for again.
 """
 
 from __future__ import annotations
