@@ -105,7 +105,8 @@ class Explainer:
                 these, where the model's preprocessing is known.
             target: what is explained: None (predicted class), an int, B indices, B×K indices (K maps from one
                 forward), a pair ``(a, b)`` for class a against b, or a function of the logits (B, C) → (B,).
-            batch_size: images at a time; all at once by default. Halved where memory does not suffice.
+            batch_size: images at a time; by default as many as pay: all on an accelerator, on the CPU about a
+                mebipixel of them. Halved where memory does not suffice.
 
         Raises:
             VitExplainError: in one of its kinds; the model is as it was before in any case.

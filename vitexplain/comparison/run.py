@@ -62,7 +62,7 @@ def compare(
             contrast is a tuple ``(a, b)`` of two such, a against b; or a function of the logits (B, C) to scores (B,).
             Contrasts and functions have no probability that deletion, insertion and SaCo could follow.
         top: how many of the most probable classes are explained, where `targets` is None.
-        batch_size: images at a time; all at once by default. Halved where memory does not suffice.
+        batch_size: images at a time; as many as pay by default. Halved where memory does not suffice.
 
     Raises:
         UnknownNameError: no such model, method or class.

@@ -89,7 +89,7 @@ def randomisation_check(
         images: normalised input (n, 3, H, W), or pictures where the preprocessing is known.
         targets: None for the predicted class, a class, or n classes.
         order: ``"cascading"``: a stage is random together with all above it; ``"independent"``: alone.
-        batch_size: images at a time; all at once by default.
+        batch_size: images at a time; as many as pay by default.
         seed: number that other weights belong to; those of a stage are the same in both orders.
 
     Raises:
@@ -120,7 +120,7 @@ def randomisation_checks(
         targets: None for the predicted class, a class, or n classes.
         order: ``"cascading"`` or ``"independent"``.
         stages: those that maps are made at; None for all. Weights become random stage by stage in any case.
-        batch_size: images at a time; all at once by default.
+        batch_size: images at a time; as many as pay by default.
         seed: number that other weights belong to.
 
     Returns:
