@@ -40,7 +40,7 @@ from .measuring import (
     random_vit,
     verdict,
 )
-from .processes import in_process
+from .processes import Processes
 
 LIMIT = 1.25
 """How many times the memory of forward + backward an explanation may take."""
@@ -112,13 +112,14 @@ def measure_here(name: str, model_name: str, size: int, device: str = "cpu") -> 
     return Peak(name, size, resident_rise(run), tensor_peak(run))
 
 
-def measure(name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
+def measure(alone: Processes, name: str, model_name: str, size: int, device: str = "cpu") -> Peak:
     """Measures one candidate in a process of its own; a process that fails gives a row that says how."""
-    found = in_process(_limited, [name, model_name, size, device])
+    found = alone.measure(limited, [name, model_name, size, device])
     return Peak(name, size, failure=found) if isinstance(found, str) else Peak(**found)
 
 
-def _limited(*task: Any) -> dict[str, Any]:
+def limited(*task: Any) -> dict[str, Any]:
+    """`measure_here` as a process does it."""
     limit_memory()
     return asdict(measure_here(*task))
 
@@ -215,10 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if sys.platform != "linux":
         parser.error("peak memory is read from /proc: run it on Linux")
     peaks = []
-    for size in options.sizes:
-        for name in [FORWARD_BACKWARD, *known_methods(options.methods), USUAL]:
-            peaks.append(measure(name, options.model, size, options.device))
-            print(peaks[-1], file=sys.stderr, flush=True)  # what is known so far, should the next take long
+    with Processes([_MODULE]) as alone:
+        for size in options.sizes:
+            for name in [FORWARD_BACKWARD, *known_methods(options.methods), USUAL]:
+                peaks.append(measure(alone, name, options.model, size, options.device))
+                print(peaks[-1], file=sys.stderr, flush=True)  # what is known so far, should the next take long
     facts = machine_facts(_MODULE, given, f"{torch.get_num_threads()} threads")
     text = report(peaks, options.methods, options.model, facts)
     print(text)

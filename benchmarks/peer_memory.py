@@ -13,7 +13,10 @@ from .memory import limit_memory, resident_rise
 from .peer_cells import MemoryCell, without_places
 from .peer_libraries import Subject
 from .peer_methods import PAIRS, Pair, Plan
-from .processes import in_process
+from .processes import Processes
+
+LOADED = (__name__, "captum.attr", "pytorch_grad_cam", "torchcam.methods", "quantus")
+"""What every process has loaded; what is not installed fails in the rows that need it."""
 
 START = 60.0
 """Seconds that a process may take before it measures."""
@@ -24,18 +27,21 @@ HALF = 0.48
 """Share of the machine's memory that a process may take, of two at a time."""
 
 
-def memory_cells(place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan]) -> list[MemoryCell]:
+def memory_cells(
+    place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan], alone: Processes
+) -> list[MemoryCell]:
     """Measures both sides of all pairs and the plain passes; weights are random.
 
     Args:
         place: the fields of a cell that say where it is measured, besides the pair.
         pairs: what is measured.
         plans: how long a call takes.
+        alone: gives each figure a process.
     """
     where = [place["model"], place["size"], place["batch"], place["threads"]]
 
     def measured(name: str, side: str, call: float) -> dict[str, Any] | str:
-        return in_process(measure_here, [name, side, *where], START + PATIENCE * call)
+        return alone.measure(measure_here, [name, side, *where], START + PATIENCE * call)
 
     longest = max(plans[name].call for name in pairs)
     plain = {name: measured(name, "plain", longest) for name in (FORWARD, FORWARD_BACKWARD)}

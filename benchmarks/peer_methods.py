@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def _calls(self) -> int:
-        return max(int(self.seconds // self.call), int(self.call <= self.longest))
+        return max(int(self.seconds // self.call), 1) if self.call <= self.longest else 0
 
     @property
     def left_out(self) -> str:

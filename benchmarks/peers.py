@@ -43,9 +43,10 @@ from .measuring import (
 from .memory import limit_memory
 from .peer_cells import Cell, MemoryCell, TimeCell, add_cells
 from .peer_libraries import Subject
-from .peer_memory import HALF, memory_cells
+from .peer_memory import HALF, LOADED, memory_cells
 from .peer_methods import PAIRS, Failure, Pair, Plan, attempt
 from .peer_times import time_cells
+from .processes import Processes
 
 _MODULE = "vitexplain.benchmarks.peers"
 
@@ -85,12 +86,18 @@ def left_out(
 
 
 def measure_place(
-    name: str, size: int, batch: int, options: argparse.Namespace, facts: str, beside: Executor
+    name: str,
+    size: int,
+    batch: int,
+    options: argparse.Namespace,
+    facts: str,
+    beside: Executor,
+    alone: Processes | None,
 ) -> Future[None] | None:
     """Adds the cells of one model, image size and batch to the tables, whatever fails there.
 
     Returns:
-        The memory cells on their way, which `beside` measures meanwhile; None where they are not asked for.
+        The memory cells on their way, which `beside` measures meanwhile; None without processes.
     """
     pairs = {each: PAIRS[each] for each in options.only}
     model: Any
@@ -111,8 +118,8 @@ def measure_place(
 
     held = {**place, "weights": "random"}
     memory = None
-    if options.what != "time":
-        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans))
+    if alone is not None:
+        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans, alone))
     if options.what != "memory":
         timed = {**place, "weights": weights, "load": round(os.getloadavg()[0], 1)}
         add(TimeCell, timed, lambda: time_cells(timed, subject(model, size, batch, options.data), fitting, plans))
@@ -148,8 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind in (TimeCell, MemoryCell):
             (options.output / kind.file).unlink(missing_ok=True)
     facts = machine_facts(_MODULE, _without_paths(given), f"{options.threads} threads; {_versions()}")
-    with _settings(options.threads), ThreadPoolExecutor(1) as beside:
-        on_their_way = [measure_place(*place, options, facts, beside) for place in places]
+    processes = nullcontext() if options.what == "time" else Processes(LOADED)
+    with processes as alone, _settings(options.threads), ThreadPoolExecutor(1) as beside:
+        on_their_way = [measure_place(*place, options, facts, beside, alone) for place in places]
         for memory in filter(None, on_their_way):
             memory.result()
     print((options.output / "peers.md").read_text(encoding="utf-8"))

@@ -1,14 +1,24 @@
-"""A measurement in a process of its own, forked from one that has the libraries loaded and has measured nothing."""
+"""Measurements in processes of their own, forked from one that has libraries loaded and has measured nothing.
+
+What starts a measurement is not forked itself: it has threads. It starts this module, which reads tasks and answers.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import vitexplain
 from vitexplain.errors import says_out_of_memory
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -16,51 +26,102 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC
 OUT_OF_MEMORY = "out of memory"
 """How a row says so."""
 
-_LOADED = ("vitexplain.benchmarks.memory", "captum.attr", "pytorch_grad_cam", "torchcam.methods", "quantus")
-_CONTEXT = multiprocessing.get_context("forkserver")
-
 Measure = Callable[..., Mapping[str, Any]]
+"""Measures, and gives what can be written as JSON."""
 
 
-def in_process(measure: Measure, task: Sequence[Any], seconds: float | None = None) -> dict[str, Any] | str:
-    """What ``measure(*task)`` gives in a process of its own; or how that failed, in a few words.
+class Processes:
+    """Gives each measurement a process, one after the other, within its `with`.
 
     Args:
-        measure: a function of a module, which is found by its name there.
-        task: its arguments.
-        seconds: when the process is killed; None for never.
+        loaded: modules that every process has from its start; those that do not import are left to it.
     """
-    _CONTEXT.set_forkserver_preload(list(_LOADED))
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_answer, args=(sender, measure, task), daemon=True)
-    before = dict(os.environ)
-    os.environ.update(ALLOCATOR)  # read where the process that forks begins: by the first of these calls
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            return f"took more than {seconds:.0f} s"
-        answer: dict[str, Any] | str = receiver.recv()
+
+    def __init__(self, loaded: Sequence[str]) -> None:
+        root = Path(vitexplain.__file__).resolve().parent.parent
+        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        self._parent = subprocess.Popen(
+            [sys.executable, "-m", __name__, *loaded],
+            env=os.environ | ALLOCATOR | {"PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._parent.kill()
+        self._parent.communicate()
+
+    def measure(self, measure: Measure, task: Sequence[Any], seconds: float | None = None) -> dict[str, Any] | str:
+        """What ``measure(*task)`` gives in a process of its own; or how that failed, in a few words.
+
+        Args:
+            measure: a function of a module, which is found by its name there.
+            task: its arguments, which can be written as JSON.
+            seconds: when the process is killed; None for never.
+        """
+        module = measure.__module__
+        if module == "__main__":  # of the process that asks
+            module = sys.modules[module].__spec__.name  # type: ignore[union-attr]
+        asked = json.dumps([module, measure.__qualname__, task, seconds])
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        with suppress(BrokenPipeError):
+            print(asked, file=self._parent.stdin, flush=True)
+        line = self._parent.stdout.readline()
+        if not line:
+            return "the process that starts the others has ended"
+        answer: dict[str, Any] | str = json.loads(line)
         return answer
-    except EOFError:
-        process.join()
-        return ending(process.exitcode or 0)
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
 
 
-def _answer(sender: Connection, measure: Measure, task: Sequence[Any]) -> None:
+def serve(loaded: Sequence[str]) -> None:
+    """Reads tasks, a line each, and writes an answer to each, until there are no more."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+        for name in loaded:
+            with suppress(Exception):  # it may not be installed, or not for what else is
+                import_module(name)
+        for line in sys.stdin:
+            print(json.dumps(_forked(*json.loads(line))), file=answers, flush=True)
+
+
+def _forked(module: str, name: str, task: Sequence[Any], seconds: float | None) -> dict[str, Any] | str:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reading)
+            answer = _attempted(module, name, task)
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(answer, pipe)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        done = bool(select.select([pipe], [], [], seconds)[0])
+        if not done:
+            os.kill(child, signal.SIGKILL)
+        text = pipe.read()
+    exitcode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not done:
+        return f"took more than {seconds:.0f} s"
+    found: dict[str, Any] | str = json.loads(text) if text else ending(exitcode)
+    return found
+
+
+def _attempted(module: str, name: str, task: Sequence[Any]) -> dict[str, Any] | str:
     try:
-        answer: dict[str, Any] | str = dict(measure(*task))
+        return dict(getattr(import_module(module), name)(*task))
     except Exception as error:  # a peer may raise anything
-        answer = failure(error)
-    sender.send(answer)
+        return failure(error)
 
 
 def failure(error: Exception) -> str:
@@ -76,3 +137,7 @@ def ending(exitcode: int) -> str:
         name = signal.Signals(-exitcode).name
         return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
     return f"ended with status {exitcode} and no figure"
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

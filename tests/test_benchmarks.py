@@ -185,7 +185,8 @@ def test_resident_rise_sees_what_is_freed_before_the_end():
 
 @linux
 def test_a_process_that_fails_gives_a_row():
-    peak = memory.measure("no such method", TINY, SIZE)
+    with processes.Processes([]) as alone:
+        peak = memory.measure(alone, "no such method", TINY, SIZE)
     assert peak.process is None
     assert "no such method" in peak.failure
 

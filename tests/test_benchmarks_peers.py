@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ from vitexplain.benchmarks import (
     peer_memory,
     peer_times,
     peers,
-    processes,
     scaling,
 )
 from vitexplain.benchmarks.peer_cells import MemoryCell, TimeCell
 from vitexplain.benchmarks.peer_libraries import Prepare, Subject
 from vitexplain.benchmarks.peer_methods import PAIRS, Pair, Plan, Side
+from vitexplain.benchmarks.processes import ALLOCATOR, Processes
 from vitexplain.benchmarks.scaling import Curve
 from vitexplain.block_scores import RECORDED, score_blocks
 
@@ -190,6 +191,7 @@ def test_as_many_rounds_as_fit_a_minute(call: float, rounds: int, warm: bool) ->
 
 
 def test_a_pair_that_does_not_fit_says_what_it_takes() -> None:
+    assert Plan(20.0, 60.0, 7, 10.0).rounds == 0
     assert Plan(310.2, 60.0, 7, 300.0).left_out == "about 310 s for one call of both sides, more than --longest 300"
 
 
@@ -267,6 +269,7 @@ def test_cheap_places_come_first() -> None:
 
 
 def answered(value: float) -> dict[str, Any]:
+    print("no answer")  # as libraries may
     return {"value": value, "process": os.getpid(), "allocator": os.environ.get("MALLOC_ARENA_MAX")}
 
 
@@ -279,18 +282,27 @@ def killed(signal_number: int) -> dict[str, Any]:
     return {}
 
 
-def never_done() -> dict[str, Any]:
-    time.sleep(600)
+def parent_killed() -> dict[str, Any]:
+    os.kill(os.getppid(), 9)
     return {}
 
 
-def test_each_measurement_has_a_process_of_its_own() -> None:
-    found = [processes.in_process(answered, [value]) for value in (1.5, 2.5)]
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Processes]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the functions above are found
+        processes = Processes(["no_such_module", "torch"])
+    with processes:
+        yield processes
+
+
+def test_each_measurement_has_a_process_of_its_own(alone: Processes) -> None:
+    found = [alone.measure(answered, [value]) for value in (1.5, 2.5)]
     assert all(isinstance(each, dict) for each in found)
-    first, second = (dict(each) for each in found if isinstance(each, dict))
+    first, second = (each for each in found if isinstance(each, dict))
     assert (first["value"], second["value"]) == (1.5, 2.5)
     assert len({first["process"], second["process"], os.getpid()}) == 3
-    assert first["allocator"] == processes.ALLOCATOR["MALLOC_ARENA_MAX"]
+    assert first["allocator"] == ALLOCATOR["MALLOC_ARENA_MAX"]
     assert "MALLOC_ARENA_MAX" not in os.environ
 
 
@@ -301,17 +313,27 @@ def test_each_measurement_has_a_process_of_its_own() -> None:
         (raised, "lookup", "LookupError: first line"),
         (killed, 9, "killed by SIGKILL, as when memory runs out"),
         (killed, 11, "killed by SIGSEGV"),
-        (sys.exit, 3, "ended with status 3 and no figure"),
+        (os._exit, 3, "ended with status 3 and no figure"),
+        (sys.exit, 3, "ended with status 1 and no figure"),
     ],
 )
-def test_a_process_that_fails_says_how(measure: Any, task: object, said: str) -> None:
-    assert processes.in_process(measure, [task]) == said
+def test_a_process_that_fails_says_how(alone: Processes, measure: Any, task: object, said: str) -> None:
+    assert alone.measure(measure, [task]) == said
 
 
-def test_a_process_is_killed_when_its_time_is_over() -> None:
+def test_a_process_is_killed_when_its_time_is_over(alone: Processes) -> None:
     began = time.monotonic()
-    assert processes.in_process(never_done, [], 0.5) == "took more than 0 s"
+    assert alone.measure(time.sleep, [600], 0.5) == "took more than 0 s"
     assert time.monotonic() - began < 60
+
+
+def test_when_all_have_ended_there_is_a_row_that_says_so() -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent))
+        processes = Processes([])
+    with processes:
+        said = [processes.measure(parent_killed, []) for _ in range(2)]
+    assert said == ["the process that starts the others has ended"] * 2
 
 
 # ------------------------------------------------------------------------------------------ the tables
@@ -412,17 +434,22 @@ def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
     assert peer_cells.read_cells(MemoryCell, tmp_path) == []
 
 
-def test_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_both_sides() -> None:
     asked: list[list[Any]] = []
 
-    def in_process(_: object, task: list[Any], seconds: float) -> dict[str, float] | str:
-        asked.append(task)
-        assert seconds == peer_memory.START + 10 * peer_memory.PATIENCE
-        return "out of memory" if task[1] == "peer" else {"process": 7.0}
+    class Answering(Processes):
+        def __init__(self) -> None:
+            pass
 
-    monkeypatch.setattr(peer_memory, "in_process", in_process)
+        def measure(self, measure: Any, task: Any, seconds: float | None = None) -> dict[str, Any] | str:
+            asked.append(task)
+            assert measure is peer_memory.measure_here
+            assert seconds == peer_memory.START + 10 * peer_memory.PATIENCE
+            return "out of memory" if task[1] == "peer" else {"process": 7.0}
+
     place = {**MADE_UP, "batch": 8}
-    (cell,) = peer_memory.memory_cells(place, {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7, 60.0)})
+    pairs, plans = {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7, 60.0)}
+    (cell,) = peer_memory.memory_cells(place, pairs, plans, Answering())
     assert (cell.ours_mebibytes, cell.peer_mebibytes, cell.peer_failure) == (7.0, None, "out of memory")
     assert cell.forward_mebibytes == cell.backward_mebibytes == 7.0
     assert [task[:2] for task in asked] == [
@@ -431,6 +458,15 @@ def test_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         ["gradcam", "ours"],
         ["gradcam", "peer"],
     ]
+
+
+def test_memory_is_measured_beside_the_times(tmp_path: Path) -> None:
+    text = tiny_run(tmp_path, "--what", "all", "--batches", "1", "--only", "naive_rollout")
+    (cell,) = peer_cells.read_cells(MemoryCell, tmp_path)
+    assert cell.failure == ""
+    assert cell.ours_mebibytes is not None
+    assert cell.peer_mebibytes is not None
+    assert "| rollout | naive rollout | vit_tiny | 32 | 1 |" in text.partition("## Memory")[2]
 
 
 # ------------------------------------------------------------------------------------------ growth

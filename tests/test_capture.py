@@ -351,3 +351,13 @@ def test_a_forward_that_raises_leaves_no_graph(name: str, place: str) -> None:
     finally:
         gc.enable()
         handle.remove()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_attention_is_as_wide_under_autocast(precision: torch.dtype) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    with torch.autocast("cpu", precision), torch.no_grad(), Capture(model, Needs(attention=True)) as capture:
+        capture.forward(images)
+        attention = capture.blocks[0].attention()
+    assert attention.dtype == torch.float32
+    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]), rtol=1e-4, atol=1e-4)

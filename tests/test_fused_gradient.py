@@ -20,9 +20,9 @@ from vitexplain.models.timm_family import TimmAdapter
 FUSED = Needs(attention_gradient=True, fused_gradient=True)
 
 
-def leaves() -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (2, 3, 7, 4) as a model has them, three parts of one tensor of other axes."""
-    stacked = torch.randn(2, 7, 3, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def leaves(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, 3, 7, 4) as a model has them, three parts of one tensor of other axes."""
+    stacked = torch.randn(batch, 7, 3, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, k, v = stacked.permute(2, 0, 3, 1, 4)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
@@ -32,8 +32,9 @@ def expected_matrix(operands: AttentionOperands, arrived: Tensor) -> Tensor:
     return weighted.clamp(min=0).mean(1, keepdim=True)
 
 
-def test_the_backward_is_that_of_attention_and_fills_the_matrix() -> None:
-    q, k, v = leaves()
+@pytest.mark.parametrize("batch", [1, 2])  # of one image, attention is kept
+def test_the_backward_is_that_of_attention_and_fills_the_matrix(batch: int) -> None:
+    q, k, v = leaves(batch)
     operands = AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3)
     fused = FusedGradient.of(operands)
     assert not fused.matrix.any()
@@ -49,11 +50,21 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix() -> None:
     torch.testing.assert_close(alone.matrix, fused.matrix)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_model_may_change_the_output_in_place(batch: int) -> None:
+    q, k, v = leaves(batch)
+    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3))
+    output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    found = torch.autograd.grad(output.mul_(2).sum(), (q, k, v))
+    torch.testing.assert_close(found, torch.autograd.grad(2 * expected.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("kind", ["cls", "distilled", "mean_pooled", "registers"])
 @pytest.mark.parametrize("start", [0, 1])
-def test_maps_are_those_of_the_tiles(kind: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = make_model(kind).double(), make_images(kind, batch=3).double()
-    targets = torch.tensor([[0, 3], [5, 1], [2, 2]])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_maps_are_those_of_the_tiles(kind: str, start: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = make_model(kind).double(), make_images(kind, batch=batch).double()
+    targets = torch.tensor([[0, 3], [5, 1], [2, 2]])[:batch]
 
     def maps() -> Tensor:
         return get_explainer("generic_attention", model, start_layer=start)(images, targets).scores

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vitexplain import create_method, explain_with, get_explainer, list_methods, shared_capture
+from vitexplain import TargetError, create_method, explain_with, get_explainer, list_methods, shared_capture
 from vitexplain.benchmarks.measuring import random_images, random_vit
 from vitexplain.explainer import Subject
+from vitexplain.models.adapter import ModelAdapter
+from vitexplain.models.black_box import BlackBoxAdapter
 from vitexplain.shared_capture import CPU_PIXELS, _images_at_a_time
 
 SIZE = 32
@@ -24,17 +27,17 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def seen(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward of the model had, where no more than two images' pixels are captured at a time."""
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward had, where no more than two images' pixels pay at a time."""
     monkeypatch.setattr(shared_capture, "CPU_PIXELS", 2 * SIZE**2 + 1)
     sizes: list[int] = []
-    inner = model.forward
+    inner = ModelAdapter.logits
 
-    def forward(images: Tensor) -> Any:
+    def logits(self: ModelAdapter, images: Tensor) -> Tensor:
         sizes.append(len(images))
-        return inner(images)
+        return inner(self, images)
 
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(ModelAdapter, "logits", logits)
     return sizes
 
 
@@ -43,7 +46,8 @@ def seen(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 )
 def test_how_many(model: nn.Module, batch: int, size: int, expected: int) -> None:
     images = torch.empty(batch, 3, 1, 1).expand(-1, -1, size, size)
-    assert _images_at_a_time(None, Subject.of(model).adapter, images) == expected
+    assert _images_at_a_time(None, Subject.of(model).adapter, images, False) == expected
+    assert _images_at_a_time(None, Subject.of(model).adapter, images, True) == batch
     assert expected * size**2 <= CPU_PIXELS or expected == 1
 
 
@@ -51,21 +55,19 @@ def test_elsewhere_all_go_at_once() -> None:
     with torch.device("meta"):
         elsewhere = random_vit("vit_tiny_patch16_224", 224)
     images = torch.empty(64, 3, 1, 1).expand(-1, -1, 224, 224)
-    assert _images_at_a_time(None, Subject.of(elsewhere).adapter, images) == 64
+    assert _images_at_a_time(None, Subject.of(elsewhere).adapter, images, False) == 64
 
 
 @pytest.mark.parametrize("name", ["rollout", "generic_attention", "gradcam", "random_scores", "integrated_gradients"])
-def test_maps_are_those_of_the_whole_batch(
-    name: str, model: nn.Module, seen: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_are_those_of_the_whole_batch(name: str, model: nn.Module, seen: list[int]) -> None:
     assert name in list_methods()
     images, targets = random_images(5, SIZE), torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]])
     options: dict[str, Any] = {"steps": 4} if name == "integrated_gradients" else {}
     explainer = get_explainer(name, model, **options)
     parts = explainer(images, targets)
     assert max(seen) < 5
-    monkeypatch.setattr(shared_capture, "CPU_PIXELS", CPU_PIXELS)
-    whole = explainer(images, targets)
+    whole = explainer(images, targets, batch_size=5)
+    assert max(seen) == 5
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(parts.inputs, images)
@@ -77,6 +79,40 @@ def test_images_are_not_copied(model: nn.Module, seen: list[int]) -> None:
     found = get_explainer("rollout", model)(images)
     assert sorted(seen)[-3:] == [1, 2, 2]
     assert found.inputs.data_ptr() == images.data_ptr()
+
+
+def test_images_made_in_inference_mode_come_back_usable(model: nn.Module, seen: list[int]) -> None:
+    with torch.inference_mode():
+        images = random_images(5, SIZE)
+    assert images.is_inference()
+    found = get_explainer("gradcam", model)(images)
+    assert max(seen) == 2
+    assert found.inputs.requires_grad_().requires_grad
+
+
+SIDES: list[Any] = [[0, 1, 2, 0, 1], (0, 1, 2, 0, 1), range(5), torch.arange(5), np.arange(5)]
+
+
+@pytest.mark.parametrize("side", SIDES, ids=lambda each: type(each).__name__)
+def test_sides_of_a_contrast_are_cut_with_their_images(side: Any, model: nn.Module, seen: list[int]) -> None:
+    images = random_images(5, SIZE)
+    explainer = get_explainer("gradcam", model)
+    found = explainer(images, (side, 2))
+    alone = [explainer(image, (int(own), 2)).scores for image, own in zip(images, side, strict=True)]
+    torch.testing.assert_close(found.scores, torch.cat(alone), rtol=1e-4, atol=1e-7)
+    with pytest.raises(TargetError, match="4 entries for 5 images"):
+        explainer(images, (2, side[:4]))
+
+
+def test_a_model_of_one_number_of_images_gets_that_number(model: nn.Module, seen: list[int]) -> None:
+    adapter = BlackBoxAdapter(model, (3, SIZE, SIZE), (2, 2), batch=4)
+    hook = model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    try:
+        found = get_explainer("saliency", adapter)(random_images(4, SIZE))
+    finally:
+        hook.remove()
+    assert seen == [4]
+    assert len(found.scores) == 4
 
 
 def test_a_function_of_the_logits_is_shown_all_of_them(model: nn.Module, seen: list[int]) -> None:

@@ -134,7 +134,7 @@ class AttentionOperands(Attention):
         """Attention after the softmax (B, H, T, N)."""
         scores = AttentionOperands.scores(self, rows)
         # in its own memory, since new memory is slow
-        return torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
+        return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
 
     def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
         """dy/dA (B, H, T, N) from dy/dO (B, H, N, dh): the exact derivative, without autograd."""
@@ -237,7 +237,8 @@ def widen(tensor: Tensor) -> Tensor:
 def _inner_products(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """scale · left rightᵀ (B, H, T, N), scaled in the product itself; no copy where B and H merge as they lie."""
     unused = left.new_empty(())
-    product = torch.baddbmm(unused, left.flatten(0, 1), right.flatten(0, 1).mT, beta=0, alpha=scale)
+    with torch.autocast(left.device.type, enabled=False):  # a caller's is about the model
+        product = torch.baddbmm(unused, left.flatten(0, 1), right.flatten(0, 1).mT, beta=0, alpha=scale)
     return product.view(*left.shape[:3], right.shape[2])
 
 

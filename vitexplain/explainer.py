@@ -177,8 +177,9 @@ def explain_with(
 ) -> list[Explanation]:
     """Several methods on the same images: one capture serves all that follow the same gradient.
 
-    One forward a batch and one backward a target, whatever the number of methods; balanced gradients, and each kind of
-    relevance propagation, take as many beside the plain ones. Arguments and errors as for `Explainer.__call__`.
+    One forward and one backward a target, whatever the number of methods, for `batch_size` images at a time or as many
+    as pay; balanced gradients, and each kind of relevance propagation, take as many beside the plain ones. Arguments
+    and errors as for `Explainer.__call__`.
 
     Returns:
         One explanation a method, in their order.
@@ -193,12 +194,12 @@ def explain_with(
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"found batch_size={batch_size}, expected a whole number >= 1 or None")
     check_length(target, len(inputs))
-    step, start = min(batch_size or len(inputs), len(inputs)), 0
+    step, start, at_once = min(batch_size or len(inputs), len(inputs)), 0, batch_size is not None
     parts: list[list[Explanation]] = []
     while start < len(inputs) or not parts:
         rows = slice(start, start + step)
         try:
-            parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows), start))
+            parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows), start, at_once))
         except RuntimeError as error:
             if step <= 1 or not is_out_of_memory(error):
                 raise
@@ -209,11 +210,11 @@ def explain_with(
 
 
 def _explain_batch(
-    methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target, start: int
+    methods: Sequence[Method], subject: Subject, inputs: Tensor, target: Target, start: int, at_once: bool
 ) -> list[Explanation]:
     """Explains one batch, whose first image is number `start` of all."""
     with torch.inference_mode(False):  # what a caller's makes could take part in no graph
-        attributed = attribute_together(methods, subject.adapter, inputs, target)
+        attributed = attribute_together(methods, subject.adapter, inputs, target, at_once=at_once)
         return [
             _explanation(method, subject, attributed, scores, shares, start)
             for method, (scores, shares) in zip(methods, attributed.maps, strict=True)

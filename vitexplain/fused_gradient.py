@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import AttentionOperands, Rows
-from .fusion import FusedAttention
+from .fusion import FusedAttention, side_by_side
 
 
 class FusedGradient(FusedAttention):
@@ -55,7 +55,7 @@ class _Attend(torch.autograd.Function):
         # of one image, it is in the cache still when it is asked for again
         attention = _attention(q[0], k[0], scale, out=_matrix(q, k))
         ctx.save_for_backward(q, k, v, attention)
-        output = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        output = side_by_side(v, q.shape[2])
         torch.bmm(attention, v[0], out=output[0])
         return output
 

@@ -92,6 +92,7 @@ def fuses_well(operands: AttentionOperands) -> bool:
         operands.bias is None
         and operands.q.device.type == "cpu"
         and size >= 4
+        and operands.q.dtype == operands.k.dtype == operands.v.dtype
         and tokens == keys <= 2 * heads * operands.q.shape[-1]
         and heads * tokens * keys * size <= TILE_BYTES
     )
@@ -101,8 +102,8 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
     """A with its heads fused, and O = A v (B, H, N, dh); image by image, so that A stays in the cache."""
     batch, heads, tokens, keys = operands.shape
     matrix = operands.q.new_empty(batch, 1, tokens, keys)
-    # heads side by side, as the model puts them together next; and one matrix for all, since new memory is slow
-    output = operands.v.new_empty(batch, tokens, heads, operands.v.shape[-1]).transpose(1, 2)
+    output = side_by_side(operands.v, tokens)
+    # one matrix for all images, since new memory is slow
     weights, share = matrix.new_empty(heads, tokens, keys), matrix.new_full((1, heads), 1 / heads)
     for image in range(batch):
         q, k, v = operands.q[image], operands.k[image], operands.v[image]
@@ -114,6 +115,13 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
             FUSE[fusion](weights, 0, out=matrix[image, 0])
         torch.bmm(weights, v, out=output[image])
     return FusedAttention(matrix, fusion == "mean"), output
+
+
+def side_by_side(v: Tensor, tokens: int) -> Tensor:
+    """Room for an output (B, H, N, dh) of attention on values; heads lie as a model puts them together next."""
+    batch, heads, _, width = v.shape
+    # not a view, which a model could not change in place
+    return v.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
 
 
 def discard_lowest(fused: Tensor, ratio: float) -> Tensor:

@@ -21,8 +21,8 @@ from .record import Needs
 from .targets import ExplainedScore, ResolvedTarget, Target, is_function, resolve_target, select_target
 
 CPU_PIXELS = 2**20
-"""How many pixels of images are captured at a time on the CPU. More gain no time there and may lose some, as what a
-block holds has to fit a cache, while memory grows with them: 20 images of 224 pixels, one of 768."""
+"""How many pixels of images are captured at a time on the CPU, where nobody says how many. More gain no time there and
+may lose some, as what a block holds has to fit a cache, while memory grows: 20 images of 224 pixels, one of 768."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +53,22 @@ class Attributed:
         )
 
 
-def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target) -> Attributed:
+def attribute_together(
+    methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target, *, at_once: bool = False
+) -> Attributed:
     """Scores of one batch by all methods.
 
-    One forward for each kind of backward rules among the methods, the derivative first, and for each target one
-    backward of each, or two where rules take what speaks for and against apart. The graph of one is gone before the
-    next is made. Targets are read off the first forward that is in the model's own precision, or as good as that.
+    Of each part of the batch, one forward for each kind of backward rules among the methods, the derivative first, and
+    for each target one backward of each, or two where rules take what speaks for and against apart. The graph of one is
+    gone before the next is made. Targets are read off the first forward that is in the model's own precision, or as
+    good as that.
 
     Args:
         methods: at least one.
         adapter: of the borrowed model.
         images: (B, channels, H, W).
         target: of the batch, as a user passes it.
+        at_once: the batch is one part, but for methods whose rules hold much of each image; else it has as many as pay.
 
     Raises:
         VitExplainError: in one of its kinds; see `Explainer.__call__`.
@@ -78,7 +82,8 @@ def attribute_together(methods: Sequence[Method], adapter: ModelAdapter, images:
         known: Target | ResolvedTarget = parts[0].target if parts else target
         given = parts[0].images if parts else images
         own = [methods[place] for place in places]
-        parts.append(_attribute_in_turn(own, adapter, given, known) if own else _answered(adapter, images, target))
+        part = _attribute_in_turn(own, adapter, given, known, at_once) if own else _answered(adapter, images, target)
+        parts.append(part)
     maps = dict(zip(chain(*groups), chain(*(part.maps for part in parts)), strict=True))
     return replace(parts[0], maps=[maps[place] for place in range(len(methods))])
 
@@ -105,14 +110,18 @@ def _by_backward(methods: Sequence[Method]) -> list[list[int]]:
 
 
 def _attribute_in_turn(
-    methods: Sequence[Method], adapter: ModelAdapter, images: Tensor, target: Target | ResolvedTarget
+    methods: Sequence[Method],
+    adapter: ModelAdapter,
+    images: Tensor,
+    target: Target | ResolvedTarget,
+    at_once: bool,
 ) -> Attributed:
-    """Scores of one batch by methods with the same rules, of as many images at a time as pays."""
-    step = _images_at_a_time(methods[0].needs.backward, adapter, images)
+    """Scores of one batch by methods with the same rules, a part after the other."""
+    step = _images_at_a_time(methods[0].needs.backward, adapter, images, at_once)
     # a function of the logits may treat the images of its batch differently, and is shown all of them
     if step >= len(images) or is_function(target):
         return _attribute(methods, adapter, images, target)
-    images, parts = adapter.check_images(images), []
+    images, parts = adapter.check_images(images.clone() if images.is_inference() else images), []
     for start in range(0, len(images), step):
         rows = slice(start, min(start + step, len(images)))
         theirs = target.of_images(rows) if isinstance(target, ResolvedTarget) else select_target(target, rows)
@@ -120,17 +129,17 @@ def _attribute_in_turn(
     return Attributed.concatenate(parts, images)
 
 
-def _images_at_a_time(rules: BackwardRules | None, adapter: ModelAdapter, images: Tensor) -> int:
-    """How many images go into one capture: as many as rules take and, on the CPU, `CPU_PIXELS` hold, in equal parts."""
+def _images_at_a_time(rules: BackwardRules | None, adapter: ModelAdapter, images: Tensor, at_once: bool) -> int:
+    """How many images go into one capture: no more than rules take and, on the CPU, than pay."""
     count = len(images)
     if images.ndim != 4 or count < 2:
         return count
     weight = first_weight(adapter.model)
     device = images.device if weight is None else weight.device
     limits = [count, None if rules is None else rules.images_at_a_time(device)]
-    if device.type == "cpu":
+    if device.type == "cpu" and not at_once and adapter.batch is None:
         parts = ceil(count / max(1, CPU_PIXELS // max(1, images.shape[-2] * images.shape[-1])))
-        limits.append(ceil(count / parts))
+        limits.append(ceil(count / parts))  # of equal size
     return min(limit for limit in limits if limit is not None)
 
 

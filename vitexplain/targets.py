@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -162,8 +162,7 @@ def check_length(target: Target, batch: int) -> None:
         TargetError: it has more or fewer.
     """
     for side in target if isinstance(target, tuple) else (target,):
-        listed = isinstance(side, list) or (isinstance(side, Tensor | np.ndarray) and side.ndim > 0)
-        if listed and len(side) != batch:
+        if _is_listed(side) and len(side) != batch:
             raise TargetError(f"found a target with {len(side)} entries for {batch} images, expected {FORMS}")
 
 
@@ -177,10 +176,15 @@ def is_function(target: Target | ResolvedTarget) -> bool:
 def select_target(target: Target, rows: slice) -> Target:
     """The part of a target that belongs to some images of the batch."""
     if isinstance(target, tuple):
-        return tuple(select_target(cast("Target", side), rows) for side in target)  # type: ignore[return-value]
-    if isinstance(target, Tensor | np.ndarray) and target.ndim > 0:
-        return target[rows]
-    return target[rows] if isinstance(target, list) else target
+        return tuple(side[rows] if _is_listed(side) else side for side in target)
+    return target[rows] if _is_listed(target) else target
+
+
+def _is_listed(side: object) -> TypeGuard[Any]:
+    """Whether a target, or a side of a contrast, has an entry an image."""
+    if isinstance(side, Tensor | np.ndarray):
+        return side.ndim > 0
+    return isinstance(side, Sequence) and not isinstance(side, str)
 
 
 def _classes(target: object, logits: Tensor) -> tuple[Tensor, bool]:

@@ -100,6 +100,7 @@ class ModelAdapter(ABC):
         num_prefix_tokens: tokens before the patch tokens (CLS, DIST, registers).
         pool: the attention pool that reads the final tokens; its attention is then the seed row. None for other heads.
         approximate: why following attention through several blocks is an approximation here; None where it is exact.
+        batch: the one number of images that a forward of the model takes; None for any.
     """
 
     model: nn.Module
@@ -107,6 +108,7 @@ class ModelAdapter(ABC):
     num_prefix_tokens: int
     pool: BlockModules | None = None
     approximate: str | None = None
+    batch: int | None = None
 
     @abstractmethod
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -37,7 +37,7 @@ class BlackBoxAdapter(LimitedAdapter):
         reason: str = "its blocks are not known",
     ) -> None:
         super().__init__(model, image_shape[1:])
-        self._channels, self._grid, self._batch, self._reason = image_shape[0], grid, batch, reason
+        self._channels, self._grid, self.batch, self._reason = image_shape[0], grid, batch, reason
         self.blocks = (BlockModules(model, model),)
 
     @property
@@ -60,11 +60,11 @@ class BlackBoxAdapter(LimitedAdapter):
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (B, C), of as many images at a time as the model takes."""
-        if self._batch is None:
+        if self.batch is None:
             return super().logits(images)
         parts = []
-        for part in images.split(self._batch):  # type: ignore[no-untyped-call]
-            missing = self._batch - len(part)
+        for part in images.split(self.batch):  # type: ignore[no-untyped-call]
+            missing = self.batch - len(part)
             filled = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
             parts.append(super().logits(filled)[: len(part)])
         return torch.cat(parts)
