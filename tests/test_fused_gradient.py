@@ -33,7 +33,11 @@ def expected_matrix(operands: AttentionOperands, arrived: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("batch", [1, 2])  # of one image, attention is kept
-def test_the_backward_is_that_of_attention_and_fills_the_matrix(batch: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 7])  # of a tile
+def test_the_backward_is_that_of_attention_and_fills_the_matrix(
+    batch: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitexplain.fusion.TILE_BYTES", rows * 3 * 7 * 8)
     q, k, v = leaves(batch)
     operands = AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3)
     fused = FusedGradient.of(operands)

@@ -31,6 +31,18 @@ def test_one_matrix_and_the_output(fusion: Fusion) -> None:
     assert fused.stochastic == (fusion == "mean")
 
 
+@pytest.mark.parametrize("rows", [1, 3, 6, 100])
+@pytest.mark.parametrize("fusion", FUSE)
+def test_tiles_of_any_size_give_the_same(fusion: Fusion, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = operands()
+    expected, output = attend(given, fusion)
+    _, heads, _, keys = given.shape
+    monkeypatch.setattr("vitexplain.fusion.TILE_BYTES", rows * heads * keys * given.q.element_size())
+    found, other = attend(given, fusion)
+    torch.testing.assert_close(found.matrix, expected.matrix)
+    torch.testing.assert_close(other, output)
+
+
 def test_what_was_not_kept_is_named() -> None:
     fused, output = attend(operands(), "mean")
     for read in (lambda: fused.v, lambda: fused.gradient(output), lambda: fused.output(output)):
@@ -45,7 +57,7 @@ def test_what_was_not_kept_is_named() -> None:
         (operands(tokens=24), True),
         (operands(tokens=25), False),  # the matrix would take more than q and k
         (operands(bias=torch.zeros(7, 7)), False),
-        (operands(heads=8, tokens=400, width=64), False),  # one image's attention is no tile
+        (operands(heads=8, tokens=400, width=64), True),  # in tiles
     ],
 )
 def test_where_it_pays(given: AttentionOperands, well: bool) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitexplain import TargetError, create_method, explain_with, get_explainer, list_methods, shared_capture
+from vitexplain import TargetError, batch_parts, create_method, explain_with, get_explainer, list_methods
+from vitexplain.batch_parts import CPU_PIXELS, even_part
 from vitexplain.benchmarks.measuring import random_images, random_vit
 from vitexplain.explainer import Subject
 from vitexplain.models.adapter import ModelAdapter
 from vitexplain.models.black_box import BlackBoxAdapter
-from vitexplain.shared_capture import CPU_PIXELS, _images_at_a_time
+from vitexplain.shared_capture import _images_at_a_time
 
 SIZE = 32
 
@@ -29,7 +30,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each forward had, where no more than two images' pixels pay at a time."""
-    monkeypatch.setattr(shared_capture, "CPU_PIXELS", 2 * SIZE**2 + 1)
+    monkeypatch.setattr(batch_parts, "CPU_PIXELS", 2 * SIZE**2 + 1)
     sizes: list[int] = []
     inner = ModelAdapter.logits
 
@@ -49,6 +50,21 @@ def test_how_many(model: nn.Module, batch: int, size: int, expected: int) -> Non
     assert _images_at_a_time(None, Subject.of(model).adapter, images, False) == expected
     assert _images_at_a_time(None, Subject.of(model).adapter, images, True) == batch
     assert expected * size**2 <= CPU_PIXELS or expected == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "part"), [(10, 8, 5), (10, 5, 5), (9, 4, 3), (3, 20, 3), (7, 1, 1), (1, 1, 1)]
+)
+def test_parts_are_even(count: int, most: int, part: int) -> None:
+    assert even_part(count, most) == part
+
+
+def test_changed_copies_go_in_even_parts(model: nn.Module, seen: list[int]) -> None:
+    get_explainer("integrated_gradients", model, steps=3)(random_images(1, SIZE), 0)
+    assert sorted(seen)[-2:] == [1, 2]
+    seen.clear()
+    get_explainer("integrated_gradients", model, steps=4)(random_images(1, SIZE), 0)
+    assert seen.count(2) == 2
 
 
 def test_elsewhere_all_go_at_once() -> None:

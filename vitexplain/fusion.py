@@ -1,14 +1,15 @@
 """Heads fused while the model runs: for methods that read one matrix a block, and no gradient of it.
 
-The model's own kernel never shows its attention, so reading it means computing it a second time. Where one image's
-attention stays in the cache, computing it once, here, costs less: its product with the values is what the model goes
-on with, its mean (or maximum, or minimum) over the heads is all that is kept.
+The model's own kernel never shows its attention, so reading it means computing it a second time. Computing it once,
+here, in tiles that stay in the cache, costs less: its product with the values is what the model goes on with, its mean
+(or maximum, or minimum) over the heads is all that is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 import torch
@@ -83,38 +84,68 @@ class FusedAttention(Attention):
 def fuses_well(operands: AttentionOperands) -> bool:
     """Whether fusing at once saves time and memory: on the CPU, full precision, few tokens, no bias or mask.
 
-    The matrix kept must not be larger than q and k, which are kept otherwise; and one image's attention has to fit in
-    a tile, or the model's own kernel, which never writes it to memory, is faster.
+    The matrix kept must not be larger than q and k, which are kept otherwise.
     """
     _, heads, tokens, keys = operands.shape
-    size = operands.q.element_size()
     return (
         operands.bias is None
         and operands.q.device.type == "cpu"
-        and size >= 4
+        and operands.q.element_size() >= 4
         and operands.q.dtype == operands.k.dtype == operands.v.dtype
         and tokens == keys <= 2 * heads * operands.q.shape[-1]
-        and heads * tokens * keys * size <= TILE_BYTES
     )
+
+
+class Tiles:
+    """Query rows of one image in tiles (H, T, N) that stay in the cache, and memory that serves them all.
+
+    New memory is slow: the system hands each page out empty.
+
+    Args:
+        q: queries (B, H, N, dh).
+        keys: N.
+    """
+
+    def __init__(self, q: Tensor, keys: int) -> None:
+        _, self._heads, tokens, _ = q.shape
+        self._keys = keys
+        fitting = max(1, TILE_BYTES // (self._heads * keys * q.element_size()))
+        step = ceil(tokens / ceil(tokens / fitting))
+        self.rows = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+        self._like, self._size = q, self._heads * step * keys
+
+    def room(self) -> Tensor:
+        """Memory for a tile, flat."""
+        return self._like.new_empty(self._size)
+
+    def of(self, room: Tensor, rows: slice) -> Tensor:
+        """A tile (H, T, N) in such memory."""
+        count = rows.stop - rows.start
+        return room[: self._heads * count * self._keys].view(self._heads, count, self._keys)
 
 
 def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention, Tensor]:
     """A with its heads fused, and O = A v (B, H, N, dh); image by image, so that A stays in the cache."""
     batch, heads, tokens, keys = operands.shape
-    matrix = operands.q.new_empty(batch, 1, tokens, keys)
-    output = side_by_side(operands.v, tokens)
-    # one matrix for all images, since new memory is slow
-    weights, share = matrix.new_empty(heads, tokens, keys), matrix.new_full((1, heads), 1 / heads)
+    matrix, output = operands.q.new_empty(batch, 1, tokens, keys), side_by_side(operands.v, tokens)
+    tiles, share = Tiles(operands.q, keys), matrix.new_full((1, heads), 1 / heads)
+    room = tiles.room()
     for image in range(batch):
         q, k, v = operands.q[image], operands.k[image], operands.v[image]
-        torch.baddbmm(weights, q, k.mT, beta=0, alpha=operands.scale, out=weights)
-        torch.softmax(weights, -1, out=weights)
-        if fusion == "mean":  # a matrix product is the faster sum over a few heads
-            torch.mm(share, weights.flatten(1), out=matrix[image].flatten(1))
-        else:
-            FUSE[fusion](weights, 0, out=matrix[image, 0])
-        torch.bmm(weights, v, out=output[image])
+        for rows in tiles.rows:
+            weights = softmax_of(q[:, rows], k, operands.scale, tiles.of(room, rows))
+            if fusion == "mean":  # a matrix product is the faster sum over a few heads
+                torch.mm(share, weights.flatten(1), out=matrix[image, :, rows].flatten(1))
+            else:
+                FUSE[fusion](weights, 0, out=matrix[image, 0, rows])
+            torch.bmm(weights, v, out=output[image][:, rows])
     return FusedAttention(matrix, fusion == "mean"), output
+
+
+def softmax_of(q: Tensor, k: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Rows of A (H, T, N) of one image, from q (H, T, dh) and k (H, N, dh), in the memory given."""
+    torch.baddbmm(out, q, k.mT, beta=0, alpha=scale, out=out)
+    return torch.softmax(out, -1, out=out)
 
 
 def side_by_side(v: Tensor, tokens: int) -> Tensor:

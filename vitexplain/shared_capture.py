@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
-from math import ceil
 from operator import or_
 
 import torch
 from torch import Tensor
 
+from .batch_parts import even_part, images_that_pay
 from .capture import Capture
 from .errors import CaptureError
 from .method import Method
@@ -19,10 +19,6 @@ from .models.adapter import ModelAdapter, first_weight
 from .modified_backward import BackwardRules
 from .record import Needs
 from .targets import ExplainedScore, ResolvedTarget, Target, is_function, resolve_target, select_target
-
-CPU_PIXELS = 2**20
-"""How many pixels of images are captured at a time on the CPU, where nobody says how many. More gain no time there and
-may lose some, as what a block holds has to fit a cache, while memory grows: 20 images of 224 pixels, one of 768."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +134,7 @@ def _images_at_a_time(rules: BackwardRules | None, adapter: ModelAdapter, images
     device = images.device if weight is None else weight.device
     limits = [count, None if rules is None else rules.images_at_a_time(device)]
     if device.type == "cpu" and not at_once and adapter.batch is None:
-        parts = ceil(count / max(1, CPU_PIXELS // max(1, images.shape[-2] * images.shape[-1])))
-        limits.append(ceil(count / parts))  # of equal size
+        limits.append(even_part(count, images_that_pay(images)))
     return min(limit for limit in limits if limit is not None)
 
 

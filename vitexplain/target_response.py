@@ -83,8 +83,8 @@ class TargetResponse:
 
     @property
     def forward_size(self) -> int:
-        """Images that go into one forward; few on the CPU, which gains nothing by more."""
-        return self._predictor.forward_size
+        """Images that go into one forward; few on the CPU, and few large ones, which gain nothing by being more."""
+        return self._predictor.at_a_time(self.capture.images)
 
     def baseline(self, name: str) -> Tensor:
         """What stands in the place of pixels that are taken away (B, channels, H, W): one of `BASELINES`."""

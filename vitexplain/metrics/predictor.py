@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..batch_parts import images_that_pay
 from ..borrowing import borrowed
 from ..errors import InputError
 from ..explainer import Subject
@@ -27,7 +28,7 @@ class Predictor:
     Attributes:
         adapter: the borrowed model.
         preprocessing: how pictures become its input; None where that is not known.
-        batch_size: images in one forward, where the device gains by it; see `forward_size`.
+        batch_size: images in one forward, where the device gains by it; see `at_a_time`.
         compiled: whether the forward is compiled, once a model and shape of images; the same logits to rounding.
     """
 
@@ -44,12 +45,14 @@ class Predictor:
         subject = Subject.of(model)
         return cls(subject.adapter, subject.preprocessing, batch_size, compiled=compiled)
 
-    @property
-    def forward_size(self) -> int:
-        """Images that go into one forward: `batch_size`, and on the CPU no more than `CPU_BATCH`."""
+    def at_a_time(self, images: Tensor) -> int:
+        """How many images of the size of these (…, H, W) go into one forward.
+
+        That is `batch_size`; on the CPU no more than `CPU_BATCH`, and fewer large ones.
+        """
         parameter = next(self.adapter.model.parameters(), None)
         on_cpu = parameter is None or parameter.device.type == "cpu"
-        return min(self.batch_size, CPU_BATCH) if on_cpu else self.batch_size
+        return min(self.batch_size, CPU_BATCH, images_that_pay(images)) if on_cpu else self.batch_size
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Normalised images (n, 3, H, W) to logits (n, C), float32, without a graph.
@@ -58,13 +61,14 @@ class Predictor:
             InputError: images that the model does not take.
             OptionError: the model cannot be compiled, and is to be.
         """
+        size = self.at_a_time(inputs)
         with torch.no_grad(), borrowed(self.adapter.model):
-            parts = [self._ask(self.adapter.check_images(part)) for part in torch.split(inputs, self.forward_size)]
+            parts = [self._ask(self.adapter.check_images(part), size) for part in torch.split(inputs, size)]
         return torch.cat(parts).float()
 
-    def _ask(self, images: Tensor) -> Tensor:
+    def _ask(self, images: Tensor, size: int) -> Tensor:
         if self.compiled:
-            return compiled_logits(self.adapter, images, self.forward_size)
+            return compiled_logits(self.adapter, images, size)
         return plain_logits(self.adapter, images)
 
     def probabilities(self, inputs: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def respond(
     Memory does not grow with B·S beyond the numbers kept: one batch of images is alive at a time.
 
     Args:
-        predictor: asked `forward_size` images at a time, whatever images and steps they come from.
+        predictor: asked as many images at a time as pay, whatever images and steps they come from.
         inputs: (B, 3, H, W), normalised.
         replaced: (B, 3, H, W), taken where a pixel is replaced.
         ranking: of B maps.
@@ -131,7 +131,7 @@ def respond(
     """
     ranks, classes = ranking.ranks.to(inputs.device), classes.to(inputs.device)
     total = len(inputs) * len(intervals)
-    buffer = inputs.new_empty(min(predictor.forward_size, total), *inputs.shape[1:])
+    buffer = inputs.new_empty(min(predictor.at_a_time(inputs), total), *inputs.shape[1:])
     parts = []
     for start in range(0, total, len(buffer)):
         numbers = range(start, min(start + len(buffer), total))

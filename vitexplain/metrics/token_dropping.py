@@ -133,7 +133,8 @@ class TokenDropper:
         """
         if kept.dtype == torch.bool:
             kept = kept.nonzero()[:, 1].reshape(len(kept), -1)
-        parts = zip(*(torch.split(each, self.predictor.forward_size) for each in (images, kept)), strict=True)
+        size = self.predictor.at_a_time(images)
+        parts = zip(*(torch.split(each, size) for each in (images, kept)), strict=True)
         return torch.cat([self._part(part, chosen) for part, chosen in parts])
 
     def _part(self, images: Tensor, kept: Tensor) -> Tensor:
