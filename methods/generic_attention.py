@@ -33,8 +33,8 @@ class GenericAttention(GradientMethod, ResidualMethod):
     @property
     def needs(self) -> Needs:
         """Attention and its gradient; as one matrix, where no other `moved` may read more of them."""
-        as_one = type(self).moved is GenericAttention.moved
-        return replace(super().needs, attention_gradient=True, fused_gradient=as_one)
+        needs = replace(super().needs, attention_gradient=True)
+        return replace(needs, fused_gradient="positive") if type(self).moved is GenericAttention.moved else needs
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · E_h[(G∘A)+]."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vitexplain.attention import RowTile
 from vitexplain.capture import Capture
 from vitexplain.fusion import discard_lowest
 from vitexplain.method import AttentionMethod, GradientMethod
@@ -35,7 +36,7 @@ class GradientRollout(GradientMethod, AttentionMethod):
     the gradient before the softmax for that behind it, never empties its list of gradients, and discards in the first
     image of a batch alone. Its normalisation, which divides column j by the sum of row j, is ``"column"``. With these
     put right it is the published map. What I alone carries of the seed is left out, as in `ResidualMethod`.
-    Scores (B, N) >= 0. One block's fused N×N matrix is held at a time.
+    Scores (B, N) >= 0. A fused N×N matrix of a block is held at a time, of all blocks where they are small.
     """
 
     discard_ratio: float = option(0.9, "share of each block's smallest fused weights set to 0", minimum=0, maximum=0.99)
@@ -43,8 +44,8 @@ class GradientRollout(GradientMethod, AttentionMethod):
 
     @property
     def needs(self) -> Needs:
-        """Attention and its gradient."""
-        return replace(super().needs, attention_gradient=True)
+        """Attention and its gradient, as one matrix."""
+        return replace(super().needs, attention_gradient=True, fused_gradient="signed")
 
     def attribute(self, capture: Capture) -> Tensor:
         """All that the blocks moved (B, N)."""
@@ -52,8 +53,7 @@ class GradientRollout(GradientMethod, AttentionMethod):
         moved = torch.zeros_like(seed)
         for block in reversed(self.blocks(capture)):
             seed, moved = block.receive(seed), block.receive(moved)
-            tiles = [tile.weighted().mean(1).clamp_(min=0) for tile in block.tiles()]
-            fused = discard_lowest(torch.cat(tiles, 1), self.discard_ratio)
+            fused = discard_lowest(block.fused(RowTile.weighted).clamp(min=0), self.discard_ratio)
             share = 1 / (1 + fused.sum(2))
             rows, columns = (share, 1.0) if self.normalisation == "row" else (1.0, share)
             arrived = ((seed + moved) * rows).to(fused.dtype)[:, None] @ fused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from vitexplain import Needs, create_method, explain_with, get_explainer, record
 from vitexplain.attention import AttentionOperands
 from vitexplain.capture import Capture
 from vitexplain.explainer import Subject
-from vitexplain.fused_gradient import FusedGradient
+from vitexplain.fused_gradient import FusedGradient, GradientFusion
 from vitexplain.models.timm_family import TimmAdapter
 
-FUSED = Needs(attention_gradient=True, fused_gradient=True)
+FUSED = Needs(attention_gradient=True, fused_gradient="positive")
 
 
 def leaves(batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,20 +28,21 @@ def leaves(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def expected_matrix(operands: AttentionOperands, arrived: Tensor) -> Tensor:
+def expected_matrix(operands: AttentionOperands, arrived: Tensor, fusion: GradientFusion) -> Tensor:
     weighted = operands.probabilities() * operands.gradient(arrived)
-    return weighted.clamp(min=0).mean(1, keepdim=True)
+    return (weighted.clamp(min=0) if fusion == "positive" else weighted).mean(1, keepdim=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2])  # of one image, attention is kept
 @pytest.mark.parametrize("rows", [1, 3, 7])  # of a tile
+@pytest.mark.parametrize("fusion", ["positive", "signed"])
 def test_the_backward_is_that_of_attention_and_fills_the_matrix(
-    batch: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    batch: int, rows: int, fusion: GradientFusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitexplain.fusion.TILE_BYTES", rows * 3 * 7 * 8)
     q, k, v = leaves(batch)
     operands = AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3)
-    fused = FusedGradient.of(operands)
+    fused = FusedGradient.of(operands, fusion)
     assert not fused.matrix.any()
     output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(output, expected)
@@ -48,8 +50,8 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
         arrived = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         found = torch.autograd.grad(output, (q, k, v), arrived, retain_graph=True)
         torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k, v), arrived, retain_graph=True))
-        torch.testing.assert_close(fused.matrix, expected_matrix(operands, arrived))
-    alone = FusedGradient.of(operands)
+        torch.testing.assert_close(fused.matrix, expected_matrix(operands, arrived, fusion))
+    alone = FusedGradient.of(operands, fusion)
     alone.receive(operands, arrived)
     torch.testing.assert_close(alone.matrix, fused.matrix)
 
@@ -57,7 +59,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_model_may_change_the_output_in_place(batch: int) -> None:
     q, k, v = leaves(batch)
-    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3))
+    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "positive")
     output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
     found = torch.autograd.grad(output.mul_(2).sum(), (q, k, v))
     torch.testing.assert_close(found, torch.autograd.grad(2 * expected.sum(), (q, k, v)))
@@ -66,22 +68,25 @@ def test_a_model_may_change_the_output_in_place(batch: int) -> None:
 @pytest.mark.parametrize("kind", ["cls", "distilled", "mean_pooled", "registers"])
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_maps_are_those_of_the_tiles(kind: str, start: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["generic_attention", "gradient_rollout"])
+def test_maps_are_those_of_the_tiles(
+    name: str, kind: str, start: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, images = make_model(kind).double(), make_images(kind, batch=batch).double()
     targets = torch.tensor([[0, 3], [5, 1], [2, 2]])[:batch]
 
     def maps() -> Tensor:
-        return get_explainer("generic_attention", model, start_layer=start)(images, targets).scores
+        return get_explainer(name, model, start_layer=start)(images, targets).scores
 
     filled: list[int] = []
-    for name in ("attend", "receive"):
-        original = getattr(FusedGradient, name)
+    for step in ("attend", "receive"):
+        original = getattr(FusedGradient, step)
 
         def count(*args: Any, of: Any = original, **kwargs: Any) -> Any:
             filled.append(1)
             return of(*args, **kwargs)
 
-        monkeypatch.setattr(FusedGradient, name, count)
+        monkeypatch.setattr(FusedGradient, step, count)
     found = maps()
     assert filled
     monkeypatch.setattr(recording, "fuses_well", lambda _: False)
@@ -93,8 +98,9 @@ def test_maps_are_those_of_the_tiles(kind: str, start: int, batch: int, monkeypa
 def test_what_else_is_read_is_kept_whole() -> None:
     """A method that reads attention itself, beside one that does not."""
     model, images = make_model("cls"), make_images("cls")
-    assert (FUSED | Needs(states=frozenset({"in"}))).fused_gradient
-    assert not (FUSED | Needs(attention=True)).fused_gradient
+    assert (FUSED | Needs(states=frozenset({"in"}))).fused_gradient == "positive"
+    assert (FUSED | Needs(attention=True)).fused_gradient is None
+    assert (FUSED | replace(FUSED, fused_gradient="signed")).fused_gradient is None
     names = ["generic_attention", "gradient_rollout", "gradcam"]
     together = explain_with([create_method(name) for name in names], Subject.of(model), images, 1)
     for name, found in zip(names, together, strict=True):

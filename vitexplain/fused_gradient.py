@@ -1,4 +1,4 @@
-"""Attention and its gradient fused while the backward pass goes: for methods that read E_h[(dy/dA ∘ A)+] and no more.
+"""Attention and its gradient fused while the backward pass goes: for methods that read one matrix of both and no more.
 
 The backward of attention needs A and dy/dA itself, and the model's own kernel shows neither. Reading their product
 behind the backward pass means computing both a second time. Attention's backward is written out here instead, in tiles
@@ -8,7 +8,8 @@ comes alone A is kept as well: it is in the cache still when it is asked for aga
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,25 @@ from torch import Tensor
 from .attention import AttentionOperands, Rows
 from .fusion import FusedAttention, Tiles, side_by_side, softmax_of
 
+GradientFusion = Literal["signed", "positive"]
+"""How dy/dA ∘ A of the heads becomes one matrix: their mean, or the mean of their positive parts."""
 
+
+@dataclass(frozen=True, eq=False)
 class FusedGradient(FusedAttention):
-    """E_h[(dy/dA ∘ A)+] of the last backward pass, (B, 1, N, N); zero before it."""
+    """E_h[dy/dA ∘ A] or E_h[(dy/dA ∘ A)+] of the last backward pass, (B, 1, N, N); zero before it.
+
+    Attributes:
+        fusion: which of the two.
+    """
+
+    fusion: GradientFusion = "positive"
 
     @classmethod
-    def of(cls, operands: AttentionOperands) -> FusedGradient:
+    def of(cls, operands: AttentionOperands, fusion: GradientFusion) -> FusedGradient:
         """Room for that of an attention."""
         batch, _, tokens, keys = operands.shape
-        return cls(operands.q.new_zeros(batch, 1, tokens, keys), False)
+        return cls(operands.q.new_zeros(batch, 1, tokens, keys), False, fusion)
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Not kept."""
@@ -33,7 +44,7 @@ class FusedGradient(FusedAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """O = softmax(scale · q kᵀ) v (B, H, N, dh) on the graph of q, k or v; its backward fills the matrix."""
-        output: Tensor = _Attend.apply(q, k, v, scale, self.matrix)
+        output: Tensor = _Attend.apply(q, k, v, scale, self)
         return output
 
     def receive(self, operands: AttentionOperands, output_gradient: Tensor) -> None:
@@ -45,13 +56,20 @@ class FusedGradient(FusedAttention):
             for rows in tiles.rows:
                 attention = softmax_of(q[image, :, rows], k[image], operands.scale, tiles.of(first, rows))
                 weighted = _weighted(attention, v[image], gradient[:, rows], tiles.of(second, rows))
-                _fuse(weighted, self.matrix[image, :, rows])
+                self.take(weighted, image, rows)
+
+    def take(self, weighted: Tensor, image: int, rows: slice) -> None:
+        """Fuses dy/dA ∘ A (H, T, N) of some rows of an image, which may change for it."""
+        if self.fusion == "positive":
+            weighted = weighted.clamp_(min=0)
+        share = weighted.new_full((1, len(weighted)), 1 / len(weighted))
+        torch.mm(share, weighted.flatten(1), out=self.matrix[image, :, rows].flatten(1))
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, matrix: Tensor) -> Tensor:
-        ctx.scale, ctx.matrix = scale, matrix
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: FusedGradient) -> Tensor:
+        ctx.scale, ctx.fused = scale, fused
         tiles = Tiles(q, k.shape[2])
         if len(q) > 1 or len(tiles.rows) > 1:
             ctx.save_for_backward(q, k, v)
@@ -81,16 +99,10 @@ class _Attend(torch.autograd.Function):
                 torch.baddbmm(into, score, k[image], beta=0, alpha=scale, out=into)
                 own = q[image, :, rows]
                 torch.baddbmm(to_k[image], score.mT, own, beta=further, alpha=scale, out=to_k[image])
-                _fuse(weighted, ctx.matrix[image, :, rows])
+                ctx.fused.take(weighted, image, rows)
         return to_q, to_k, to_v, None, None
 
 
 def _weighted(attention: Tensor, v: Tensor, gradient: Tensor, out: Tensor) -> Tensor:
     """dy/dA ∘ A (H, T, N) of some rows of one image, from dy/dO (H, T, dh)."""
     return torch.bmm(gradient, v.mT, out=out).mul_(attention)
-
-
-def _fuse(weighted: Tensor, matrix: Tensor) -> None:
-    """The mean over heads (1, T, N) of the positive part of (H, T, N)."""
-    share = weighted.new_full((1, len(weighted)), 1 / len(weighted))
-    torch.mm(share, weighted.clamp_(min=0).flatten(1), out=matrix.flatten(1))

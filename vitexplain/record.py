@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import Attention, RowTile, row_tiles, widen
 from .combination import Combination
 from .errors import CaptureError, UnsupportedModelError
-from .fused_gradient import FusedGradient
+from .fused_gradient import FusedGradient, GradientFusion
 from .fused_rows import propagate_row
 from .fusion import FusedAttention, Fusion
 from .layout import TokenLayout, Windows, hand_down
@@ -46,7 +46,7 @@ class Needs:
             and the graph starts here.
         changes: pairs of token states of which the `Change` is kept, and not the states.
         fusion: attention is only read with its heads fused so; where nothing else is asked for, that is what is kept.
-        fused_gradient: attention and its gradient are only read as E_h[(dy/dA ∘ A)+]; likewise.
+        fused_gradient: attention and its gradient are only read as dy/dA ∘ A with its heads fused so; likewise.
         image_gradient: the gradient at the images is kept; the graph then starts there.
         apart: how many of the last blocks get a score of their own: each keeps its graph from its attention to its
             output, and nothing goes back from block to block. Beside needs with gradients, which go through blocks,
@@ -62,14 +62,14 @@ class Needs:
     from_block: int | float = 0
     changes: frozenset[tuple[State, State]] = frozenset()
     fusion: Fusion | None = None
-    fused_gradient: bool = False
+    fused_gradient: GradientFusion | None = None
     image_gradient: bool = False
     apart: int = 0
     backward: BackwardRules | None = None
 
     def __or__(self, other: Needs) -> Needs:
         readers = [each for each in (self, other) if each.any_attention]
-        kinds = {each.fusion for each in readers}
+        kinds, of_gradients = {each.fusion for each in readers}, {each.fused_gradient for each in readers}
         apart = max(self.apart, other.apart)
         together = apart > 0 and (self.gradient or other.gradient)
         return Needs(
@@ -80,7 +80,7 @@ class Needs:
             from_block=min(self.from_block, other.from_block),
             changes=self.changes | other.changes,
             fusion=kinds.pop() if len(kinds) == 1 else None,
-            fused_gradient=bool(readers) and all(each.fused_gradient for each in readers),
+            fused_gradient=of_gradients.pop() if len(of_gradients) == 1 else None,
             image_gradient=self.image_gradient or other.image_gradient,
             apart=0 if together else apart,
             backward=self.backward if self.backward == other.backward else None,
@@ -330,6 +330,16 @@ class BlockRecord:
         if isinstance(self.operands, FusedAttention):
             return self.operands.follow(row)
         return self.propagate(row, weigh).mean(1)
+
+    def fused(self, weigh: Callable[[RowTile], Tensor]) -> Tensor:
+        """What `weigh` makes of all rows, averaged over heads (B, N, N); or what was fused at once, likewise.
+
+        Raises:
+            UnsupportedModelError: the block attends within windows, so that no query row goes over all tokens.
+        """
+        if isinstance(self.operands, FusedAttention):
+            return self.operands.matrix[:, 0]
+        return torch.cat([weigh(tile).mean(1) for tile in self.tiles()], 1)
 
     @property
     def _gradient_or_none(self) -> Tensor | None:

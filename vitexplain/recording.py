@@ -13,7 +13,7 @@ from .attention import Attention, AttentionOperands
 from .borrowing import runs_library_code
 from .combination import Combination
 from .errors import CaptureError
-from .fused_gradient import FusedGradient
+from .fused_gradient import FusedGradient, GradientFusion
 from .fusion import attend, fuses_well
 from .models.adapter import BlockModules, ModelAdapter
 from .record import BlockRecord, Needs, State
@@ -148,8 +148,8 @@ class Recording:
             return None
         if self._short is not None and record is self._blocks[-1]:
             return None  # of which a few rows are computed, and read
-        if needs.fused_gradient and needs.backward is None:
-            return self._with_fused_gradient(record)
+        if needs.fused_gradient is not None and needs.backward is None:
+            return self._with_fused_gradient(record, needs.fused_gradient)
         fusion = None if needs.gradient else needs.fusion
         if fusion is None:
             return None
@@ -163,13 +163,13 @@ class Recording:
 
         return instead
 
-    def _with_fused_gradient(self, record: BlockRecord) -> Instead:
+    def _with_fused_gradient(self, record: BlockRecord, fusion: GradientFusion) -> Instead:
         def instead(operands: AttentionOperands, given: Sequence[Tensor] | None) -> Tensor | None:
             if given is None or not fuses_well(operands) or torch.is_autocast_enabled(operands.q.device.type):
                 return None
             if any(each.shape[1] != operands.shape[1] or each.dtype != operands.q.dtype for each in given):
                 return None
-            fused, (q, k, v) = FusedGradient.of(operands), given
+            fused, (q, k, v) = FusedGradient.of(operands, fusion), given
             record._calls.append(fused)
             output = fused.attend(q, k, v, operands.scale)
             if output.requires_grad:
