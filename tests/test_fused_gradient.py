@@ -16,6 +16,7 @@ from vitexplain.attention import AttentionOperands
 from vitexplain.capture import Capture
 from vitexplain.explainer import Subject
 from vitexplain.fused_gradient import FusedGradient, GradientFusion
+from vitexplain.fusion import Workspace
 from vitexplain.models.timm_family import TimmAdapter
 
 FUSED = Needs(attention_gradient=True, fused_gradient="positive")
@@ -42,7 +43,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
     monkeypatch.setattr("vitexplain.fusion.TILE_BYTES", rows * 3 * 7 * 8)
     q, k, v = leaves(batch)
     operands = AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3)
-    fused = FusedGradient.of(operands, fusion)
+    fused = FusedGradient.of(operands, fusion, Workspace())
     assert not fused.matrix.any()
     output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(output, expected)
@@ -51,7 +52,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
         found = torch.autograd.grad(output, (q, k, v), arrived, retain_graph=True)
         torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k, v), arrived, retain_graph=True))
         torch.testing.assert_close(fused.matrix, expected_matrix(operands, arrived, fusion))
-    alone = FusedGradient.of(operands, fusion)
+    alone = FusedGradient.of(operands, fusion, Workspace())
     alone.receive(operands, arrived)
     torch.testing.assert_close(alone.matrix, fused.matrix)
 
@@ -59,7 +60,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_model_may_change_the_output_in_place(batch: int) -> None:
     q, k, v = leaves(batch)
-    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "positive")
+    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "positive", Workspace())
     output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
     found = torch.autograd.grad(output.mul_(2).sum(), (q, k, v))
     torch.testing.assert_close(found, torch.autograd.grad(2 * expected.sum(), (q, k, v)))

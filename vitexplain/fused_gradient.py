@@ -8,7 +8,7 @@ comes alone A is kept as well: it is in the cache still when it is asked for aga
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import AttentionOperands, Rows
-from .fusion import FusedAttention, Tiles, side_by_side, softmax_of
+from .fusion import FusedAttention, Tiles, Workspace, side_by_side, softmax_of
 
 GradientFusion = Literal["signed", "positive"]
 """How dy/dA ∘ A of the heads becomes one matrix: their mean, or the mean of their positive parts."""
@@ -28,15 +28,17 @@ class FusedGradient(FusedAttention):
 
     Attributes:
         fusion: which of the two.
+        workspace: where it is made.
     """
 
     fusion: GradientFusion = "positive"
+    workspace: Workspace = field(default_factory=Workspace)
 
     @classmethod
-    def of(cls, operands: AttentionOperands, fusion: GradientFusion) -> FusedGradient:
+    def of(cls, operands: AttentionOperands, fusion: GradientFusion, workspace: Workspace) -> FusedGradient:
         """Room for that of an attention."""
         batch, _, tokens, keys = operands.shape
-        return cls(operands.q.new_zeros(batch, 1, tokens, keys), False, fusion)
+        return cls(operands.q.new_zeros(batch, 1, tokens, keys), False, fusion, workspace)
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Not kept."""
@@ -50,12 +52,11 @@ class FusedGradient(FusedAttention):
     def receive(self, operands: AttentionOperands, output_gradient: Tensor) -> None:
         """Fills the matrix where nothing goes back behind this attention, from dy/dO (B, H, N, dh)."""
         q, k, v = operands.q, operands.k, operands.v
-        tiles = Tiles(q, k.shape[2])
-        first, second = tiles.room(), tiles.room()
+        tiles = Tiles(q, k.shape[2], self.workspace)
         for image, gradient in enumerate(output_gradient):
             for rows in tiles.rows:
-                attention = softmax_of(q[image, :, rows], k[image], operands.scale, tiles.of(first, rows))
-                weighted = _weighted(attention, v[image], gradient[:, rows], tiles.of(second, rows))
+                attention = softmax_of(q[image, :, rows], k[image], operands.scale, tiles.of(rows))
+                weighted = _weighted(attention, v[image], gradient[:, rows], tiles.of(rows, 1))
                 self.take(weighted, image, rows)
 
     def take(self, weighted: Tensor, image: int, rows: slice) -> None:
@@ -70,12 +71,12 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: FusedGradient) -> Tensor:
         ctx.scale, ctx.fused = scale, fused
-        tiles = Tiles(q, k.shape[2])
+        tiles = Tiles(q, k.shape[2], Workspace())  # which is kept
         if len(q) > 1 or len(tiles.rows) > 1:
             ctx.save_for_backward(q, k, v)
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
         # of one small image, it is in the cache still when it is asked for again
-        attention = softmax_of(q[0], k[0], scale, tiles.of(tiles.room(), tiles.rows[0]))
+        attention = softmax_of(q[0], k[0], scale, tiles.of(tiles.rows[0]))
         ctx.save_for_backward(q, k, v, attention)
         output = side_by_side(v, q.shape[2])
         torch.bmm(attention, v[0], out=output[0])
@@ -85,13 +86,12 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, *kept), scale, (arrived,) = ctx.saved_tensors, ctx.scale, gradients
         to_q, to_k, to_v = (each.new_empty(each.shape) for each in (q, k, v))
-        tiles = Tiles(q, k.shape[2])
-        first, second = tiles.room(), tiles.room()
+        tiles = Tiles(q, k.shape[2], ctx.fused.workspace)
         for image, gradient in enumerate(arrived):
             for rows in tiles.rows:
-                place, own, further = tiles.of(first, rows), gradient[:, rows], int(rows.start > 0)
+                place, own, further = tiles.of(rows), gradient[:, rows], int(rows.start > 0)
                 attention = kept[0] if kept else softmax_of(q[image, :, rows], k[image], scale, place)
-                weighted = _weighted(attention, v[image], own, tiles.of(second, rows))
+                weighted = _weighted(attention, v[image], own, tiles.of(rows, 1))
                 torch.baddbmm(to_v[image], attention.mT, own, beta=further, out=to_v[image])
                 # of the softmax, on what it was taken of: dy/dA ∘ A less A times the sum of that over keys
                 score = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1, out=place)
