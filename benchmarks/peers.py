@@ -157,9 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = machine_facts(_MODULE, _without_paths(given), f"{options.threads} threads; {_versions()}")
     processes = nullcontext() if options.what == "time" else Processes(LOADED)
     with processes as alone, _settings(options.threads), ThreadPoolExecutor(1) as beside:
-        on_their_way = [measure_place(*place, options, facts, beside, alone) for place in places]
-        for memory in filter(None, on_their_way):
-            memory.result()
+        try:
+            on_their_way = [measure_place(*place, options, facts, beside, alone) for place in places]
+            for memory in filter(None, on_their_way):
+                memory.result()
+        except BaseException:
+            beside.shutdown(wait=False, cancel_futures=True)  # what has not begun is not measured any more
+            raise
     print((options.output / "peers.md").read_text(encoding="utf-8"))
 
 

@@ -26,6 +26,9 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC
 OUT_OF_MEMORY = "out of memory"
 """How a row says so."""
 
+_ENDING = 10.0
+"""Seconds that all may take to end by themselves."""
+
 Measure = Callable[..., Mapping[str, Any]]
 """Measures, and gives what can be written as JSON."""
 
@@ -40,9 +43,14 @@ class Processes:
     def __init__(self, loaded: Sequence[str]) -> None:
         root = Path(vitexplain.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        self._parent = subprocess.Popen(
-            [sys.executable, "-m", __name__, *loaded],
-            env=os.environ | ALLOCATOR | {"PYTHONPATH": path},
+        self._environment = os.environ | ALLOCATOR | {"PYTHONPATH": path}
+        self._command = [sys.executable, "-m", __name__, *loaded]
+        self._parent = self._begun()
+
+    def _begun(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command,
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -55,8 +63,19 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Ends what runs, and what it started."""
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        with suppress(BrokenPipeError):
+            self._parent.stdin.close()  # nobody asks any more
+        with suppress(subprocess.TimeoutExpired):
+            self._parent.wait(_ENDING)
         self._parent.kill()
-        self._parent.communicate()
+        self._parent.wait()
+        self._parent.stdout.close()
 
     def measure(self, measure: Measure, task: Sequence[Any], seconds: float | None = None) -> dict[str, Any] | str:
         """What ``measure(*task)`` gives in a process of its own; or how that failed, in a few words.
@@ -76,6 +95,8 @@ class Processes:
             print(asked, file=self._parent.stdin, flush=True)
         line = self._parent.stdout.readline()
         if not line:
+            self._end()
+            self._parent = self._begun()  # for the next one
             return "the process that starts the others has ended"
         answer: dict[str, Any] | str = json.loads(line)
         return answer
@@ -83,45 +104,52 @@ class Processes:
 
 def serve(loaded: Sequence[str]) -> None:
     """Reads tasks, a line each, and writes an answer to each, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when nobody asks any more
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
         for name in loaded:
             with suppress(Exception):  # it may not be installed, or not for what else is
                 import_module(name)
         for line in sys.stdin:
-            print(json.dumps(_forked(*json.loads(line))), file=answers, flush=True)
+            answer = _forked(answers.fileno(), *json.loads(line))
+            print(json.dumps(answer), file=answers, flush=True)
 
 
-def _forked(module: str, name: str, task: Sequence[Any], seconds: float | None) -> dict[str, Any] | str:
+def _forked(answers: int, module: str, name: str, task: Sequence[Any], seconds: float | None) -> dict[str, Any] | str:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
-            os.close(reading)
+            os.setpgid(0, 0)
+            for descriptor in (answers, reading, sys.stdin.fileno()):
+                os.close(descriptor)
             answer = _attempted(module, name, task)
             with os.fdopen(writing, "w") as pipe:
-                json.dump(answer, pipe)
+                pipe.write(answer)
             os._exit(0)
         finally:
             os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        done = bool(select.select([pipe], [], [], seconds)[0])
-        if not done:
-            os.kill(child, signal.SIGKILL)
-        text = pipe.read()
+        # nobody asks before the answer: what else there is to read is the end of all asking
+        ready = select.select([pipe, sys.stdin], [], [], seconds)[0]
+        text = pipe.read() if pipe in ready else ""
+    if not ready or sys.stdin in ready:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     exitcode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not done:
+    if not ready:
         return f"took more than {seconds:.0f} s"
     found: dict[str, Any] | str = json.loads(text) if text else ending(exitcode)
     return found
 
 
-def _attempted(module: str, name: str, task: Sequence[Any]) -> dict[str, Any] | str:
+def _attempted(module: str, name: str, task: Sequence[Any]) -> str:
+    """The answer as JSON."""
     try:
-        return dict(getattr(import_module(module), name)(*task))
+        return json.dumps(dict(getattr(import_module(module), name)(*task)))
     except Exception as error:  # a peer may raise anything
-        return failure(error)
+        return json.dumps(failure(error))
 
 
 def failure(error: Exception) -> str:

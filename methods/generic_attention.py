@@ -32,9 +32,10 @@ class GenericAttention(GradientMethod, ResidualMethod):
 
     @property
     def needs(self) -> Needs:
-        """Attention and its gradient; as one matrix, where no other `moved` may read more of them."""
-        needs = replace(super().needs, attention_gradient=True)
-        return replace(needs, fused_gradient="positive") if type(self).moved is GenericAttention.moved else needs
+        """Attention and its gradient; as one matrix, where no other `attribute` or `moved` may read more of them."""
+        needs, kind = replace(super().needs, attention_gradient=True), type(self)
+        as_one = kind.moved is GenericAttention.moved and kind.attribute is GenericAttention.attribute
+        return replace(needs, fused_gradient="positive") if as_one else needs
 
     def moved(self, row: Tensor, block: BlockRecord) -> Tensor:
         """`row` · E_h[(G∘A)+]."""

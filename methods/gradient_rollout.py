@@ -44,8 +44,10 @@ class GradientRollout(GradientMethod, AttentionMethod):
 
     @property
     def needs(self) -> Needs:
-        """Attention and its gradient, as one matrix."""
-        return replace(super().needs, attention_gradient=True, fused_gradient="signed")
+        """Attention and its gradient; as one matrix, where no other `attribute` may read more of them."""
+        needs = replace(super().needs, attention_gradient=True)
+        as_one = type(self).attribute is GradientRollout.attribute
+        return replace(needs, fused_gradient="signed") if as_one else needs
 
     def attribute(self, capture: Capture) -> Tensor:
         """All that the blocks moved (B, N)."""

@@ -50,7 +50,7 @@ class GradientShap(SampledAttribution):
         generator = torch.Generator().manual_seed(self.seed)
         shares = torch.rand(self.samples, 1, 1, 1, generator=generator).to(image)
         total = torch.zeros_like(baseline)
-        for part in torch.split(shares, one.batch.forward_size):
+        for part in torch.split(shares, one.batch.part_of(self.samples)):
             way = image + self.noise * normal_draws(len(part), image, generator) - baseline
             points = baseline + part * way
             total += (way * Saliency(one).attribute(points.requires_grad_(), abs=False)).sum(0)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitexplain.batch_parts import even_part
 from vitexplain.captum_attribution import SampledAttribution
 from vitexplain.options import option
 from vitexplain.registry import register_method
@@ -45,6 +44,6 @@ class IntegratedGradients(SampledAttribution):
             one.image.requires_grad_(),
             baselines=one.baseline(self.baseline),
             n_steps=self.steps,
-            internal_batch_size=even_part(self.steps, one.batch.forward_size),
+            internal_batch_size=one.batch.part_of(self.steps),
         )
         return attribution

@@ -50,7 +50,7 @@ class SmoothGrad(SampledAttribution):
         image, generator = one.image, torch.Generator().manual_seed(self.seed)
         deviation = self.noise * (image.max() - image.min())
         total = torch.zeros_like(image)
-        for part in torch.split(torch.arange(self.samples), one.batch.forward_size):
+        for part in torch.split(torch.arange(self.samples), one.batch.part_of(self.samples)):
             copies = image + deviation * normal_draws(len(part), image, generator)
             total += Saliency(one).attribute(copies.requires_grad_(), abs=False).sum(0)
         return total / self.samples

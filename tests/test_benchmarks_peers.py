@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,17 @@ def killed(signal_number: int) -> dict[str, Any]:
     return {}
 
 
+def unwritable() -> dict[str, Any]:
+    return {"value": 1.5, "path": Path("somewhere")}
+
+
+def written_down(path: str) -> dict[str, Any]:
+    Path(path + "_").write_text(str(os.getpid()))
+    Path(path + "_").rename(path)
+    time.sleep(600)
+    return {}
+
+
 def parent_killed() -> dict[str, Any]:
     os.kill(os.getppid(), 9)
     return {}
@@ -327,13 +339,31 @@ def test_a_process_is_killed_when_its_time_is_over(alone: Processes) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_when_all_have_ended_there_is_a_row_that_says_so() -> None:
+def test_what_cannot_be_written_down_is_a_failure(alone: Processes) -> None:
+    assert str(alone.measure(unwritable, [])).startswith("TypeError: Object of type")
+    assert isinstance(alone.measure(answered, [1.0]), dict)
+
+
+def test_when_what_starts_them_ends_there_is_a_row_that_says_so(alone: Processes) -> None:
+    assert alone.measure(parent_killed, []) == "the process that starts the others has ended"
+    assert isinstance(alone.measure(answered, [1.0]), dict)  # there is another one
+
+
+def test_leaving_ends_a_measurement_that_runs(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(Path(__file__).parent))
         processes = Processes([])
-    with processes:
-        said = [processes.measure(parent_killed, []) for _ in range(2)]
-    assert said == ["the process that starts the others has ended"] * 2
+    with processes, ThreadPoolExecutor(1) as beside:
+        running = beside.submit(processes.measure, written_down, [str(tmp_path / "process")])
+        while not (tmp_path / "process").exists():
+            assert not running.done()
+            time.sleep(0.05)
+        child = int((tmp_path / "process").read_text())
+        os.kill(child, 0)
+        processes._parent.stdin.close()  # type: ignore[union-attr]
+        assert "killed by SIGKILL" in str(running.result(60))
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 # ------------------------------------------------------------------------------------------ the tables

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from families import make_images, make_model
 from torch import Tensor
 
-from vitexplain import Needs, create_method, explain_with, get_explainer, recording
+from vitexplain import CaptureError, Needs, create_method, explain_with, get_explainer, method_info, recording
 from vitexplain.attention import AttentionOperands
 from vitexplain.capture import Capture
 from vitexplain.explainer import Subject
@@ -106,6 +106,48 @@ def test_what_else_is_read_is_kept_whole() -> None:
     together = explain_with([create_method(name) for name in names], Subject.of(model), images, 1)
     for name, found in zip(names, together, strict=True):
         torch.testing.assert_close(found.scores, get_explainer(name, model)(images, 1).scores, rtol=1e-4, atol=1e-6)
+
+
+def test_beside_a_method_that_reads_no_attention_it_stays_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, fused = make_model("cls"), make_images("cls"), []
+    received = FusedGradient.take
+    monkeypatch.setattr(FusedGradient, "take", lambda self, *rest: fused.append(1) or received(self, *rest))
+    names = ["generic_attention", "gradcam"]
+    together = explain_with([create_method(name) for name in names], Subject.of(model), images, 1)
+    assert fused
+    for name, found in zip(names, together, strict=True):
+        torch.testing.assert_close(found.scores, get_explainer(name, model)(images, 1).scores, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_refuse_what_the_whole_refuses() -> None:
+    q, k, v = leaves(3)
+    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "signed", Workspace())
+    part = fused.part(slice(1, 3))
+    assert part.matrix.data_ptr() == fused.matrix[1].data_ptr()
+    assert part.shape == (2, 1, 7, 7)
+    with pytest.raises(CaptureError, match="was not kept"):
+        part.probabilities()
+
+
+def test_an_unknown_fusion_is_refused() -> None:
+    model, images = make_model("cls"), make_images("cls")
+    with (
+        pytest.raises(CaptureError, match=r"found Needs.fused_gradient='mean'., expected 'signed' or 'positive'"),
+        Capture(model, replace(FUSED, fused_gradient="mean")) as capture,  # type: ignore[arg-type]
+    ):
+        capture.forward(images)
+
+
+@pytest.mark.parametrize("name", ["generic_attention", "gradient_rollout"])
+def test_a_method_made_of_one_may_read_attention(name: str) -> None:
+    kind = method_info(name).method
+
+    class Reading(kind):  # type: ignore[misc, valid-type]
+        def attribute(self, capture: Capture) -> Tensor:
+            return capture.blocks[-1].attention().mean((1, 2))
+
+    assert create_method(name).needs.fused_gradient is not None
+    assert Reading().needs.fused_gradient is None
 
 
 def test_a_score_that_no_attention_reaches_moves_nothing() -> None:

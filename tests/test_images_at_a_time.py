@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitexplain import TargetError, batch_parts, create_method, explain_with, get_explainer, list_methods
+from vitexplain import InputError, TargetError, batch_parts, create_method, explain_with, get_explainer, list_methods
 from vitexplain.batch_parts import CPU_PIXELS, even_part
 from vitexplain.benchmarks.measuring import random_images, random_vit
 from vitexplain.explainer import Subject
+from vitexplain.metrics.predictor import Predictor
 from vitexplain.models.adapter import ModelAdapter
 from vitexplain.models.black_box import BlackBoxAdapter
 from vitexplain.shared_capture import _images_at_a_time
@@ -59,12 +60,14 @@ def test_parts_are_even(count: int, most: int, part: int) -> None:
     assert even_part(count, most) == part
 
 
-def test_changed_copies_go_in_even_parts(model: nn.Module, seen: list[int]) -> None:
-    get_explainer("integrated_gradients", model, steps=3)(random_images(1, SIZE), 0)
-    assert sorted(seen)[-2:] == [1, 2]
-    seen.clear()
-    get_explainer("integrated_gradients", model, steps=4)(random_images(1, SIZE), 0)
-    assert seen.count(2) == 2
+def test_changed_copies_go_in_even_parts(model: nn.Module, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_parts, "CPU_PIXELS", 3 * SIZE**2)
+    for name in ("integrated_gradients", "smoothgrad", "gradient_shap"):
+        explainer = get_explainer(name, model, **{"steps" if name == "integrated_gradients" else "samples": 4})
+        seen.clear()
+        explainer(random_images(1, SIZE), 0)
+        assert seen.count(2) == 2, name
+        assert max(seen) == 2, name
 
 
 def test_elsewhere_all_go_at_once() -> None:
@@ -129,6 +132,25 @@ def test_a_model_of_one_number_of_images_gets_that_number(model: nn.Module, seen
         hook.remove()
     assert seen == [4]
     assert len(found.scores) == 4
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(64, 4), (3, 4), (9, 4)])
+def test_a_predictor_asks_such_a_model_for_that_number(
+    batch_size: int, size: int, model: nn.Module, seen: list[int]
+) -> None:
+    adapter = BlackBoxAdapter(model, (3, SIZE, SIZE), (2, 2), batch=4)
+    assert Predictor(adapter, batch_size=batch_size).at_a_time(torch.empty(3, SIZE, SIZE)) == size
+    found = Predictor(adapter, batch_size=batch_size).logits(images := random_images(6, SIZE))
+    torch.testing.assert_close(found, Predictor.of(model).logits(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_predictor_takes_few_large_images(model: nn.Module, seen: list[int]) -> None:
+    Predictor.of(model).logits(random_images(2, SIZE))  # tries the model first
+    seen.clear()
+    Predictor.of(model).logits(random_images(5, SIZE))
+    assert seen == [2, 2, 1]
+    with pytest.raises(InputError, match="expected"):
+        Predictor.of(model).logits(torch.empty(0, 3, SIZE, SIZE))
 
 
 def test_a_function_of_the_logits_is_shown_all_of_them(model: nn.Module, seen: list[int]) -> None:

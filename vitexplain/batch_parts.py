@@ -17,5 +17,5 @@ def images_that_pay(images: Tensor) -> int:
 
 
 def even_part(count: int, most: int) -> int:
-    """The size of parts of `count` things, each of at most `most`, so that no small one is left over."""
-    return ceil(count / ceil(count / most))
+    """The size of parts of `count` things, each of at most `most`, so that no small one is left over; at least 1."""
+    return max(1, ceil(count / max(1, ceil(count / most))))

@@ -8,14 +8,15 @@ comes alone A is kept as well: it is in the cache still when it is asked for aga
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import AttentionOperands, Rows
+from .errors import CaptureError
 from .fusion import FusedAttention, Tiles, Workspace, side_by_side, softmax_of
 
 GradientFusion = Literal["signed", "positive"]
@@ -36,9 +37,20 @@ class FusedGradient(FusedAttention):
 
     @classmethod
     def of(cls, operands: AttentionOperands, fusion: GradientFusion, workspace: Workspace) -> FusedGradient:
-        """Room for that of an attention."""
+        """Room for that of an attention.
+
+        Raises:
+            CaptureError: there is no such fusion.
+        """
+        if fusion not in get_args(GradientFusion):
+            expected = " or ".join(map(repr, get_args(GradientFusion)))
+            raise CaptureError(f"found Needs(fused_gradient={fusion!r}), expected {expected}, or None")
         batch, _, tokens, keys = operands.shape
         return cls(operands.q.new_zeros(batch, 1, tokens, keys), False, fusion, workspace)
+
+    def part(self, images: slice) -> FusedGradient:
+        """The matrices of some images of the batch."""
+        return replace(self, matrix=self.matrix[images])
 
     def probabilities(self, rows: Rows = slice(None)) -> Tensor:
         """Not kept."""

@@ -86,6 +86,10 @@ class TargetResponse:
         """Images that go into one forward; few on the CPU, and few large ones, which gain nothing by being more."""
         return self._predictor.at_a_time(self.capture.images)
 
+    def part_of(self, count: int) -> int:
+        """The size of the parts in which so many changed copies of an image are asked about."""
+        return self._predictor.part_of(count, self.capture.images)
+
     def baseline(self, name: str) -> Tensor:
         """What stands in the place of pixels that are taken away (B, channels, H, W): one of `BASELINES`."""
         from .metrics.replacement import replacement_images
@@ -187,4 +191,4 @@ class ImageResponse:
             (V,) float32 or wider.
         """
         numbers = torch.arange(versions, device=self.batch.images.device)
-        return torch.cat([self(change(part)) for part in torch.split(numbers, self.batch.forward_size)])
+        return torch.cat([self(change(part)) for part in torch.split(numbers, self.batch.part_of(versions))])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..batch_parts import images_that_pay
+from ..batch_parts import even_part, images_that_pay
 from ..borrowing import borrowed
 from ..errors import InputError
 from ..explainer import Subject
@@ -48,11 +48,19 @@ class Predictor:
     def at_a_time(self, images: Tensor) -> int:
         """How many images of the size of these (…, H, W) go into one forward.
 
-        That is `batch_size`; on the CPU no more than `CPU_BATCH`, and fewer large ones.
+        That is `batch_size`; on the CPU no more than `CPU_BATCH`, and fewer large ones; and as often as it fits, the
+        one number that the model takes, if it does.
         """
         parameter = next(self.adapter.model.parameters(), None)
         on_cpu = parameter is None or parameter.device.type == "cpu"
-        return min(self.batch_size, CPU_BATCH, images_that_pay(images)) if on_cpu else self.batch_size
+        size = min(self.batch_size, CPU_BATCH, images_that_pay(images)) if on_cpu else self.batch_size
+        whole = self.adapter.batch
+        return size if whole is None else whole * max(1, size // whole)
+
+    def part_of(self, count: int, images: Tensor) -> int:
+        """The size of the parts, as even as may be, in which so many such images are asked about."""
+        size = self.at_a_time(images)
+        return size if self.adapter.batch else even_part(count, size)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Normalised images (n, 3, H, W) to logits (n, C), float32, without a graph.
@@ -61,9 +69,9 @@ class Predictor:
             InputError: images that the model does not take.
             OptionError: the model cannot be compiled, and is to be.
         """
-        size = self.at_a_time(inputs)
+        size, part = self.at_a_time(inputs), self.part_of(len(inputs), inputs)
         with torch.no_grad(), borrowed(self.adapter.model):
-            parts = [self._ask(self.adapter.check_images(part), size) for part in torch.split(inputs, size)]
+            parts = [self._ask(self.adapter.check_images(some), size) for some in torch.split(inputs, part)]
         return torch.cat(parts).float()
 
     def _ask(self, images: Tensor, size: int) -> Tensor:

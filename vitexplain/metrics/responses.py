@@ -131,7 +131,7 @@ def respond(
     """
     ranks, classes = ranking.ranks.to(inputs.device), classes.to(inputs.device)
     total = len(inputs) * len(intervals)
-    buffer = inputs.new_empty(min(predictor.at_a_time(inputs), total), *inputs.shape[1:])
+    buffer = inputs.new_empty(min(predictor.part_of(total, inputs), total), *inputs.shape[1:])
     parts = []
     for start in range(0, total, len(buffer)):
         numbers = range(start, min(start + len(buffer), total))

@@ -133,7 +133,7 @@ class TokenDropper:
         """
         if kept.dtype == torch.bool:
             kept = kept.nonzero()[:, 1].reshape(len(kept), -1)
-        size = self.predictor.at_a_time(images)
+        size = self.predictor.part_of(len(images), images)
         parts = zip(*(torch.split(each, size) for each in (images, kept)), strict=True)
         return torch.cat([self._part(part, chosen) for part, chosen in parts])
 
