@@ -14,6 +14,8 @@ places first, so that a run that is cut short leaves most of them.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import sys
 import time
@@ -99,6 +101,7 @@ def measure_place(
     Returns:
         The memory cells on their way, which `beside` measures meanwhile; None without processes.
     """
+    _give_back()
     pairs = {each: PAIRS[each] for each in options.only}
     model: Any
     model, weights = load_vit(name, size, options.data)
@@ -187,6 +190,14 @@ def _settings(threads: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
         torch.set_num_threads(before)
+
+
+def _give_back() -> None:
+    """Has free memory go back to the system, where the library that holds it can: else large places find none."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _places(options: argparse.Namespace) -> list[tuple[str, int, int]]:
