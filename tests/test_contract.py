@@ -107,11 +107,13 @@ def test_batch_equals_loop(method: str, family: str, model: nn.Module) -> None:
     images, target = make_images(family, batch=3), [0, 5, 2]
     explainer = get_explainer(method, model)
     together = explainer(images, target).scores
+    # relevance is divided by sums that cancel, and shows how products of another number of images are rounded
+    atol = 1e-6 if explainer.method.needs.backward is None else 2e-4 * float(together.abs().max())
     for index in range(3):
         alone = explainer(images[index : index + 1], [target[index]]).scores
-        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=atol)
     by_two = explainer(images, target, batch_size=2)
-    torch.testing.assert_close(by_two.scores, together, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_two.scores, together, rtol=1e-4, atol=atol)
     assert by_two.targets.tolist() == target
 
 
@@ -307,7 +309,10 @@ def test_takes_part_in_a_shared_capture(method: str, family: str, model: nn.Modu
     layouts = adapter.layouts(adapter.grid((images.shape[-2], images.shape[-1])))
     # alone, the last block may be computed for fewer tokens, which is another product to round
     rounded = bool(layouts) and ShortLastBlock.of(adapter, layouts[-1].count) is not None
-    torch.testing.assert_close(shared, explain(method, model, images, 1), rtol=1e-4 if rounded else 1e-5, atol=1e-6)
+    alone = explain(method, model, images, 1)
+    # where terms cancel, a small score is rounded as the large ones are
+    atol = 1e-5 * float(alone.abs().max())
+    torch.testing.assert_close(shared, alone, rtol=1e-4 if rounded else 1e-5, atol=max(atol, 1e-6))
 
 
 @pytest.mark.few_families

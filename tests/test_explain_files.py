@@ -87,7 +87,8 @@ def test_what_is_written_is_what_the_explanation_says(tmp_path: Path, model: Loa
                 assert entry["options"] == explanation.options
                 assert (entry["class"], entry["label"]) == (index, LABELS[index])
                 assert entry["probability"] == pytest.approx(explanation.probabilities[0, k].item())
-                assert entry["prefix_share"] == pytest.approx(explanation.diagnostics["prefix_share"][0, k].item())
+                share = explanation.diagnostics["prefix_share"][0, k].item()
+                assert entry["prefix_share"] == pytest.approx(share, rel=1e-5)  # of two images at a time
                 assert entry["signed"] == explanation.signed
                 assert entry["approximate"] is None
                 assert entry["scores"] == f"{file.stem}-{explanation.method}-{index}.npy"
