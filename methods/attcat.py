@@ -10,7 +10,7 @@ from torch import Tensor
 from vitexplain.cancellation import check_left_over
 from vitexplain.capture import Capture
 from vitexplain.method import AttentionMethod, GradientMethod
-from vitexplain.record import Needs
+from vitexplain.needs import Needs
 from vitexplain.registry import register_method
 
 

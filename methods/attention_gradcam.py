@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vitexplain.capture import Capture
 from vitexplain.method import GradientMethod
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 

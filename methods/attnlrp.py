@@ -10,9 +10,9 @@ from vitexplain.attention import widen
 from vitexplain.capture import Capture
 from vitexplain.linear_relevance import AttnLRPRules
 from vitexplain.method import Method
+from vitexplain.needs import Needs
 from vitexplain.options import option
 from vitexplain.patch_pixels import gather_by_patch
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 

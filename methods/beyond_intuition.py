@@ -10,8 +10,9 @@ from torch import Tensor
 from vitexplain.attention import propagate, row_tiles, widen
 from vitexplain.attention_gate import GatedAttentionMethod, read_rows
 from vitexplain.capture import Capture
+from vitexplain.needs import Needs, State
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Needs, State
+from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 
 

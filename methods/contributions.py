@@ -12,8 +12,8 @@ from vitexplain.attention import RowTile
 from vitexplain.capture import Capture
 from vitexplain.fused_rows import has_kernel
 from vitexplain.method import GradientMethod, Method
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 

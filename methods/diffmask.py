@@ -19,8 +19,8 @@ from vitexplain.errors import CheckpointError, InputError, NotTrainedError, Targ
 from vitexplain.method import Method
 from vitexplain.models import adapt
 from vitexplain.models.shipped import shipped_checkpoint
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 if TYPE_CHECKING:

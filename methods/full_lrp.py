@@ -9,9 +9,9 @@ from torch import Tensor
 from vitexplain.attention import widen
 from vitexplain.capture import Capture
 from vitexplain.method import Method
+from vitexplain.needs import Needs
 from vitexplain.options import option
 from vitexplain.patch_pixels import gather_by_patch
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 from vitexplain.relevance import RelevanceRules
 

@@ -12,8 +12,9 @@ from vitexplain.cancellation import check_left_over
 from vitexplain.capture import Capture
 from vitexplain.errors import UnsupportedModelError
 from vitexplain.method import GradientMethod
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Needs
+from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from vitexplain.attention import RowTile
 from vitexplain.fused_rows import has_kernel
 from vitexplain.method import GradientMethod, ResidualMethod
-from vitexplain.record import BlockRecord, Needs
+from vitexplain.needs import Needs
+from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 
 

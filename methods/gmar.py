@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vitexplain.attention import row_tiles
 from vitexplain.method import GradientMethod, ResidualMethod
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Needs
+from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 
 

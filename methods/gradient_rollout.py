@@ -11,8 +11,8 @@ from vitexplain.attention import RowTile
 from vitexplain.capture import Capture
 from vitexplain.fusion import discard_lowest
 from vitexplain.method import AttentionMethod, GradientMethod
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 

@@ -13,8 +13,8 @@ from vitexplain.iavit.checkpoint import load_interpreter
 from vitexplain.iavit.trunk import STATE_NEEDS, patch_tokens
 from vitexplain.method import Method
 from vitexplain.models.shipped import shipped_checkpoint
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 if TYPE_CHECKING:

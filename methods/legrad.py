@@ -16,8 +16,8 @@ from vitexplain.capture import Capture
 from vitexplain.errors import UnsupportedModelError
 from vitexplain.method import GradientMethod
 from vitexplain.models.token_head import TokenHead, token_head
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 from vitexplain.target_response import TargetResponse
 

@@ -10,9 +10,9 @@ from vitexplain.capture import Capture
 from vitexplain.errors import TargetError
 from vitexplain.method import Method
 from vitexplain.models.token_head import final_tokens, token_head
+from vitexplain.needs import Needs
 from vitexplain.options import option
 from vitexplain.patch_probability import PATCH_SCORES, patch_scores
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from vitexplain.attention import Rows
 from vitexplain.fusion import FUSE, Fusion, discard_lowest
 from vitexplain.method import ProductMethod
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Needs
+from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 
 

@@ -11,8 +11,8 @@ from vitexplain.capture import Capture
 from vitexplain.feature_masks import central_channels
 from vitexplain.method import Method
 from vitexplain.metrics.token_dropping import TokenDropper
+from vitexplain.needs import Needs
 from vitexplain.options import option
-from vitexplain.record import Needs
 from vitexplain.registry import register_method
 from vitexplain.target_response import ImageResponse, TargetResponse
 from vitexplain.token_sampling import token_dropper

@@ -10,8 +10,9 @@ from torch import Tensor
 from vitexplain.attention import RowTile, widen
 from vitexplain.capture import Capture
 from vitexplain.method import GradientMethod, ResidualMethod
+from vitexplain.needs import Needs, State
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Change, Needs, State
+from vitexplain.record import BlockRecord, Change
 from vitexplain.registry import register_method
 
 from .generic_attention import positive_gradient_attention

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitexplain.attention_gate import GatedAttentionMethod, read_rows
 from vitexplain.capture import Capture
-from vitexplain.record import Needs
+from vitexplain.needs import Needs
 from vitexplain.registry import register_method
 
 

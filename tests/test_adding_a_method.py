@@ -28,7 +28,8 @@ from torch import Tensor
 
 from vitexplain.method import ResidualMethod
 from vitexplain.options import option
-from vitexplain.record import BlockRecord, Needs
+from vitexplain.needs import Needs
+from vitexplain.record import BlockRecord
 from vitexplain.registry import register_method
 
 

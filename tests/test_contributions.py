@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitexplain import ExplanationWarning, OptionError, get_explainer
 from vitexplain.balanced import BALANCED
 from vitexplain.capture import Capture
-from vitexplain.record import Needs
+from vitexplain.needs import Needs
 
 
 def written_out(model: nn.Module, images: Tensor, target: int, start: int, gamma: float, beta: float) -> Tensor:

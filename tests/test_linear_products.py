@@ -16,7 +16,7 @@ from vitexplain import create_method, explain_with
 from vitexplain.capture import Capture
 from vitexplain.explainer import Subject
 from vitexplain.linear_products import KnownProducts, LinearProducts
-from vitexplain.record import Needs
+from vitexplain.needs import Needs
 from vitexplain.relevance import RelevanceRules
 
 PLAIN = Needs(attention_gradient=True, states=frozenset({"out"}))

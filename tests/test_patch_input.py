@@ -10,7 +10,7 @@ from torch import nn
 from vitexplain import InputError, UnsupportedModelError, adapt, get_explainer
 from vitexplain.capture import Capture
 from vitexplain.models.patch_input import PatchInput, takes_patches
-from vitexplain.record import Needs
+from vitexplain.needs import Needs
 
 
 def bare_model() -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitexplain import sparse_backward
 from vitexplain.capture import Capture
-from vitexplain.record import Needs
+from vitexplain.needs import Needs
 from vitexplain.recording import Recording
 from vitexplain.sparse_backward import SparseBackward
 

@@ -34,8 +34,9 @@ from .explanation import Explanation
 from .export import export_heatmaps, open_export
 from .method import AttentionMethod, Method, ProductMethod, ResidualMethod
 from .models import ModelAdapter, adapt
+from .needs import Needs
 from .options import option
-from .record import BlockRecord, Needs
+from .record import BlockRecord
 from .registry import MethodInfo, create_method, list_methods, method_info, register_method
 
 _checkout.link_neighbours()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .capture import Capture
 from .method import GradientMethod
+from .needs import Needs
 from .options import option
-from .record import Needs
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 from .capture import Capture
 from .errors import UnsupportedModelError
 from .method import AttentionMethod, GradientMethod
+from .needs import Needs
 from .options import option
-from .record import BlockRecord, Needs
+from .record import BlockRecord
 from .target_response import TargetResponse
 
 

@@ -16,7 +16,8 @@ from .capture import Capture
 from .combination import Combination
 from .layout import from_tokens, to_tokens
 from .modified_backward import BackwardRules
-from .record import SCORED_STATES, BlockRecord, Needs
+from .needs import SCORED_STATES, Needs
+from .record import BlockRecord
 from .tap import AttentionTap
 
 RECORDED = Needs(attention=True, states=SCORED_STATES)

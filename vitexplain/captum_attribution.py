@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .capture import Capture
 from .method import GradientMethod, Method
+from .needs import Needs
 from .options import option
 from .pixel_attribution import PixelAttribution
-from .record import Needs
 from .target_response import BASELINES, OUTPUTS, ImageResponse, TargetResponse
 
 

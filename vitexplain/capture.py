@@ -22,7 +22,8 @@ from .linear_products import KnownProducts, LinearProducts
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .modified_backward import gradients, gradients_by_sign
-from .record import BEHIND_ATTENTION, BlockRecord, Needs
+from .needs import BEHIND_ATTENTION, Needs
+from .record import BlockRecord
 from .recording import Recording
 from .short_last_block import ShortLastBlock
 from .targets import ExplainedScore

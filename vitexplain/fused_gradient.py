@@ -101,16 +101,15 @@ class _Attend(torch.autograd.Function):
         tiles = Tiles(q, k.shape[2], ctx.fused.workspace)
         for image, gradient in enumerate(arrived):
             for rows in tiles.rows:
-                place, own, further = tiles.of(rows), gradient[:, rows], int(rows.start > 0)
+                place, arriving, further = tiles.of(rows), gradient[:, rows], int(rows.start > 0)
                 attention = kept[0] if kept else softmax_of(q[image, :, rows], k[image], scale, place)
-                weighted = _weighted(attention, v[image], own, tiles.of(rows, 1))
-                torch.baddbmm(to_v[image], attention.mT, own, beta=further, out=to_v[image])
+                weighted = _weighted(attention, v[image], arriving, tiles.of(rows, 1))
+                torch.baddbmm(to_v[image], attention.mT, arriving, beta=further, out=to_v[image])
                 # of the softmax, on what it was taken of: dy/dA ∘ A less A times the sum of that over keys
                 score = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1, out=place)
                 into = to_q[image, :, rows]
                 torch.baddbmm(into, score, k[image], beta=0, alpha=scale, out=into)
-                own = q[image, :, rows]
-                torch.baddbmm(to_k[image], score.mT, own, beta=further, alpha=scale, out=to_k[image])
+                torch.baddbmm(to_k[image], score.mT, q[image, :, rows], beta=further, alpha=scale, out=to_k[image])
                 ctx.fused.take(weighted, image, rows)
         return to_q, to_k, to_v, None, None
 

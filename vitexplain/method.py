@@ -12,8 +12,9 @@ from torch import Tensor
 from .balanced import BALANCED
 from .errors import OptionError
 from .modified_backward import BackwardRules
+from .needs import Needs
 from .options import Configurable, option
-from .record import BlockRecord, Needs
+from .record import BlockRecord
 
 if TYPE_CHECKING:
     import os

@@ -11,9 +11,9 @@ from .attention import widen
 from .capture import Capture
 from .errors import CaptureError
 from .method import GradientMethod, Method
+from .needs import Needs
 from .options import option
 from .patch_pixels import gather_by_patch
-from .record import Needs
 
 
 @dataclass(frozen=True)

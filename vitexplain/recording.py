@@ -16,7 +16,8 @@ from .errors import CaptureError
 from .fused_gradient import FusedGradient, GradientFusion
 from .fusion import Workspace, attend, fuses_well
 from .models.adapter import BlockModules, ModelAdapter
-from .record import BlockRecord, Needs, State
+from .needs import Needs, State
+from .record import BlockRecord
 from .short_last_block import ShortLastBlock, first_tokens_read
 from .sparse_backward import SparseBackward
 from .state_tap import watch_state

@@ -17,7 +17,7 @@ from .errors import CaptureError
 from .method import Method
 from .models.adapter import ModelAdapter, first_weight
 from .modified_backward import BackwardRules
-from .record import Needs
+from .needs import Needs
 from .targets import ExplainedScore, ResolvedTarget, Target, is_function, resolve_target, select_target
 
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import UnsupportedModelError
 from .layout import from_tokens, to_tokens
 from .models.adapter import BlockModules
-from .record import State
+from .needs import State
 
 
 def watch_state(modules: BlockModules, kind: State, seen: Callable[[Tensor], Tensor]) -> RemovableHandle:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..capture import Capture
 from ..errors import CaptureError, UnsupportedModelError
 from ..explainer import Subject
-from ..record import Needs
+from ..needs import Needs
 
 _LEVELS = 255
 

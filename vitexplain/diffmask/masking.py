@@ -15,7 +15,7 @@ from ..capture import Capture
 from ..errors import CaptureError, UnsupportedModelError
 from ..layout import Arrangement, from_tokens, to_tokens
 from ..models.patch_input import PatchInput
-from ..record import Needs
+from ..needs import Needs
 from .gates import Gates, log_kept
 
 if TYPE_CHECKING:

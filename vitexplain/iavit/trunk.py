@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 from ..layout import TokenLayout, to_tokens
 from ..models.adapter import ModelAdapter
 from ..models.token_head import final_tokens
-from ..record import Needs
+from ..needs import Needs
 from ..tap import SDPA_SIGNATURE
 
 _EPSILON = 1e-6

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError, UnsupportedModelError
 from ..layout import TokenLayout, to_tokens
 from ..models.adapter import ModelAdapter
-from ..record import Needs
+from ..needs import Needs
 from .catalogue import Figure, register_metric
 from .curves import CurveMetric
 from .metric import MetricBatch

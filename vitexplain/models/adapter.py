@@ -18,7 +18,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, TokenLayout, Windows
 
 if TYPE_CHECKING:
-    from ..record import Needs, State
+    from ..needs import Needs, State
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from .adapter import BlockModules
 from .limited import LimitedAdapter
 
 if TYPE_CHECKING:
-    from ..record import Needs
+    from ..needs import Needs
 
 
 class BlackBoxAdapter(LimitedAdapter):

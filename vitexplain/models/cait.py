@@ -18,7 +18,7 @@ from .adapter import BlockModules, ModelAdapter
 from .timm_family import patch_grid
 
 if TYPE_CHECKING:
-    from ..record import Needs
+    from ..needs import Needs
 
 
 def is_cait(model: nn.Module) -> bool:

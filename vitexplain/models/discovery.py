@@ -22,7 +22,7 @@ from .projections import describe
 from .unknown import UnknownModelAdapter
 
 if TYPE_CHECKING:
-    from ..record import Needs
+    from ..needs import Needs
 
 
 class DiscoveredAdapter(UnknownModelAdapter):

@@ -17,7 +17,7 @@ from .adapter import BlockModules
 from .limited import LimitedAdapter
 
 if TYPE_CHECKING:
-    from ..record import Needs
+    from ..needs import Needs
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from ..errors import UnsupportedModelError
 from .unknown import UnknownModelAdapter
 
 if TYPE_CHECKING:
-    from ..record import Needs
+    from ..needs import Needs
 
 
 class LimitedAdapter(UnknownModelAdapter):

@@ -30,8 +30,8 @@ from ..models import adapt, unwrap
 from ..models.adapter import ModelAdapter
 from ..models.fingerprint import weights_digest
 from ..models.token_head import TokenHead, token_head
+from ..needs import Needs
 from ..preprocessing import Preprocessing
-from ..record import Needs
 from .lightning_run import check_output, trainer, undisturbed
 from .patch_mask_batches import PatchMaskBatches
 from .patch_mask_evaluation import evaluate_patch_masks

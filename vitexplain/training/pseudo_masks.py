@@ -25,8 +25,8 @@ from ..explainer import Explainer, Subject
 from ..images import load_image
 from ..models import adapt
 from ..models.adapter import ModelAdapter
+from ..needs import Needs
 from ..preprocessing import Preprocessing
-from ..record import Needs
 from ..registry import create_method
 
 SPECTRAL_CUT = "spectral_cut"
