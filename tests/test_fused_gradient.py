@@ -16,7 +16,6 @@ from vitexplain.attention import AttentionOperands
 from vitexplain.capture import Capture
 from vitexplain.explainer import Subject
 from vitexplain.fused_gradient import FusedGradient, GradientFusion
-from vitexplain.fusion import Workspace
 from vitexplain.models.timm_family import TimmAdapter
 
 FUSED = Needs(attention_gradient=True, fused_gradient="positive")
@@ -43,7 +42,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
     monkeypatch.setattr("vitexplain.fusion.TILE_BYTES", rows * 3 * 7 * 8)
     q, k, v = leaves(batch)
     operands = AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3)
-    fused = FusedGradient.of(operands, fusion, Workspace())
+    fused = FusedGradient.of(operands, fusion)
     assert not fused.matrix.any()
     output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(output, expected)
@@ -52,7 +51,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
         found = torch.autograd.grad(output, (q, k, v), arrived, retain_graph=True)
         torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k, v), arrived, retain_graph=True))
         torch.testing.assert_close(fused.matrix, expected_matrix(operands, arrived, fusion))
-    alone = FusedGradient.of(operands, fusion, Workspace())
+    alone = FusedGradient.of(operands, fusion)
     alone.receive(operands, arrived)
     torch.testing.assert_close(alone.matrix, fused.matrix)
 
@@ -60,7 +59,7 @@ def test_the_backward_is_that_of_attention_and_fills_the_matrix(
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_model_may_change_the_output_in_place(batch: int) -> None:
     q, k, v = leaves(batch)
-    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "positive", Workspace())
+    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "positive")
     output, expected = fused.attend(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
     found = torch.autograd.grad(output.mul_(2).sum(), (q, k, v))
     torch.testing.assert_close(found, torch.autograd.grad(2 * expected.sum(), (q, k, v)))
@@ -121,7 +120,7 @@ def test_beside_a_method_that_reads_no_attention_it_stays_fused(monkeypatch: pyt
 
 def test_parts_refuse_what_the_whole_refuses() -> None:
     q, k, v = leaves(3)
-    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "signed", Workspace())
+    fused = FusedGradient.of(AttentionOperands(q.detach(), k.detach(), v.detach(), 0.3), "signed")
     part = fused.part(slice(1, 3))
     assert part.matrix.data_ptr() == fused.matrix[1].data_ptr()
     assert part.shape == (2, 1, 7, 7)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitexplain import Capture, CaptureError, Needs, create_method, explain_with, get_explainer
 from vitexplain.attention import AttentionOperands
 from vitexplain.explainer import Subject
-from vitexplain.fusion import FUSE, FusedAttention, Fusion, Workspace, attend, discard_lowest, fuses_well
+from vitexplain.fusion import FUSE, FusedAttention, Fusion, attend, discard_lowest, fuses_well
 
 
 def operands(heads: int = 3, tokens: int = 7, width: int = 4, **options: Any) -> AttentionOperands:
@@ -23,7 +23,7 @@ def operands(heads: int = 3, tokens: int = 7, width: int = 4, **options: Any) ->
 @pytest.mark.parametrize("fusion", ["mean", "max", "min"])
 def test_one_matrix_and_the_output(fusion: Fusion) -> None:
     given = operands()
-    fused, output = attend(given, fusion, Workspace())
+    fused, output = attend(given, fusion)
     torch.testing.assert_close(output, given.probabilities() @ given.v)
     torch.testing.assert_close(fused.probabilities()[:, 0], FUSE[fusion](given.probabilities(), 1))
     some = torch.tensor([5, 0])
@@ -35,16 +35,16 @@ def test_one_matrix_and_the_output(fusion: Fusion) -> None:
 @pytest.mark.parametrize("fusion", FUSE)
 def test_tiles_of_any_size_give_the_same(fusion: Fusion, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands()
-    expected, output = attend(given, fusion, Workspace())
+    expected, output = attend(given, fusion)
     _, heads, _, keys = given.shape
     monkeypatch.setattr("vitexplain.fusion.TILE_BYTES", rows * heads * keys * given.q.element_size())
-    found, other = attend(given, fusion, Workspace())
+    found, other = attend(given, fusion)
     torch.testing.assert_close(found.matrix, expected.matrix)
     torch.testing.assert_close(other, output)
 
 
 def test_what_was_not_kept_is_named() -> None:
-    fused, output = attend(operands(), "mean", Workspace())
+    fused, output = attend(operands(), "mean")
     for read in (lambda: fused.v, lambda: fused.gradient(output), lambda: fused.output(output)):
         with pytest.raises(CaptureError, match=r"was not kept.*Needs.attention=True. without `fusion`"):
             read()

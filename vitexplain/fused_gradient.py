@@ -8,7 +8,7 @@ comes alone A is kept as well: it is in the cache still when it is asked for aga
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import AttentionOperands, Rows
 from .errors import CaptureError
-from .fusion import FusedAttention, Tiles, Workspace, side_by_side, softmax_of
+from .fusion import FusedAttention, Tiles, side_by_side, softmax_of
 
 GradientFusion = Literal["signed", "positive"]
 """How dy/dA ∘ A of the heads becomes one matrix: their mean, or the mean of their positive parts."""
@@ -29,14 +29,12 @@ class FusedGradient(FusedAttention):
 
     Attributes:
         fusion: which of the two.
-        workspace: where it is made.
     """
 
     fusion: GradientFusion = "positive"
-    workspace: Workspace = field(default_factory=Workspace)
 
     @classmethod
-    def of(cls, operands: AttentionOperands, fusion: GradientFusion, workspace: Workspace) -> FusedGradient:
+    def of(cls, operands: AttentionOperands, fusion: GradientFusion) -> FusedGradient:
         """Room for that of an attention.
 
         Raises:
@@ -46,7 +44,7 @@ class FusedGradient(FusedAttention):
             expected = " or ".join(map(repr, get_args(GradientFusion)))
             raise CaptureError(f"found Needs(fused_gradient={fusion!r}), expected {expected}, or None")
         batch, _, tokens, keys = operands.shape
-        return cls(operands.q.new_zeros(batch, 1, tokens, keys), False, fusion, workspace)
+        return cls(operands.q.new_zeros(batch, 1, tokens, keys), False, fusion)
 
     def part(self, images: slice) -> FusedGradient:
         """The matrices of some images of the batch."""
@@ -64,11 +62,12 @@ class FusedGradient(FusedAttention):
     def receive(self, operands: AttentionOperands, output_gradient: Tensor) -> None:
         """Fills the matrix where nothing goes back behind this attention, from dy/dO (B, H, N, dh)."""
         q, k, v = operands.q, operands.k, operands.v
-        tiles = Tiles(q, k.shape[2], self.workspace)
+        tiles = Tiles(q, k.shape[2])
+        first, second = tiles.room(), tiles.room()
         for image, gradient in enumerate(output_gradient):
             for rows in tiles.rows:
-                attention = softmax_of(q[image, :, rows], k[image], operands.scale, tiles.of(rows))
-                weighted = _weighted(attention, v[image], gradient[:, rows], tiles.of(rows, 1))
+                attention = softmax_of(q[image, :, rows], k[image], operands.scale, tiles.of(rows, first))
+                weighted = _weighted(attention, v[image], gradient[:, rows], tiles.of(rows, second))
                 self.take(weighted, image, rows)
 
     def take(self, weighted: Tensor, image: int, rows: slice) -> None:
@@ -83,12 +82,12 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: FusedGradient) -> Tensor:
         ctx.scale, ctx.fused = scale, fused
-        tiles = Tiles(q, k.shape[2], Workspace())  # which is kept
+        tiles = Tiles(q, k.shape[2])
         if len(q) > 1 or len(tiles.rows) > 1:
             ctx.save_for_backward(q, k, v)
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
         # of one small image, it is in the cache still when it is asked for again
-        attention = softmax_of(q[0], k[0], scale, tiles.of(tiles.rows[0]))
+        attention = softmax_of(q[0], k[0], scale, tiles.of(tiles.rows[0], tiles.room()))
         ctx.save_for_backward(q, k, v, attention)
         output = side_by_side(v, q.shape[2])
         torch.bmm(attention, v[0], out=output[0])
@@ -98,12 +97,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, *kept), scale, (arrived,) = ctx.saved_tensors, ctx.scale, gradients
         to_q, to_k, to_v = (each.new_empty(each.shape) for each in (q, k, v))
-        tiles = Tiles(q, k.shape[2], ctx.fused.workspace)
+        tiles = Tiles(q, k.shape[2])
+        first, second = tiles.room(), tiles.room()
         for image, gradient in enumerate(arrived):
             for rows in tiles.rows:
-                place, arriving, further = tiles.of(rows), gradient[:, rows], int(rows.start > 0)
+                place, arriving, further = tiles.of(rows, first), gradient[:, rows], int(rows.start > 0)
                 attention = kept[0] if kept else softmax_of(q[image, :, rows], k[image], scale, place)
-                weighted = _weighted(attention, v[image], arriving, tiles.of(rows, 1))
+                weighted = _weighted(attention, v[image], arriving, tiles.of(rows, second))
                 torch.baddbmm(to_v[image], attention.mT, arriving, beta=further, out=to_v[image])
                 # of the softmax, on what it was taken of: dy/dA ∘ A less A times the sum of that over keys
                 score = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1, out=place)

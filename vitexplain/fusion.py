@@ -97,53 +97,45 @@ def fuses_well(operands: AttentionOperands) -> bool:
     )
 
 
-class Workspace:
-    """Memory that one capture uses again in each block: new memory is slow, the system hands each page out empty."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def room(self, place: int, like: Tensor, size: int) -> Tensor:
-        """Flat memory of so many numbers; what was written to the same place before is lost."""
-        held = self._held.get((place, like.dtype))
-        if held is None or len(held) < size:
-            held = self._held[place, like.dtype] = like.new_empty(size)
-        return held[:size]
-
-
 class Tiles:
-    """Query rows of one image in tiles (H, T, N) that stay in the cache.
+    """Query rows of one image in tiles (H, T, N) that stay in the cache, in memory that serves them all.
+
+    New memory is slow: the system hands each page out empty.
 
     Args:
         q: queries (B, H, N, dh).
         keys: N.
-        workspace: where tiles lie.
 
     Attributes:
         rows: of each tile.
     """
 
-    def __init__(self, q: Tensor, keys: int, workspace: Workspace) -> None:
+    def __init__(self, q: Tensor, keys: int) -> None:
         _, self._heads, tokens, _ = q.shape
-        self._like, self._keys, self._workspace = q, keys, workspace
         step = even_part(tokens, max(1, TILE_BYTES // (self._heads * keys * q.element_size())))
         self.rows = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+        self._like, self._keys, self._size = q, keys, self._heads * step * keys
 
-    def of(self, rows: slice, place: int = 0) -> Tensor:
-        """Memory for a tile (H, T, N)."""
+    def room(self) -> Tensor:
+        """Memory for one tile after the other, flat."""
+        return self._like.new_empty(self._size)
+
+    def of(self, rows: slice, room: Tensor) -> Tensor:
+        """A tile (H, T, N) in such memory; what was there before is lost."""
         shape = self._heads, rows.stop - rows.start, self._keys
-        return self._workspace.room(place, self._like, prod(shape)).view(shape)
+        return room[: prod(shape)].view(shape)
 
 
-def attend(operands: AttentionOperands, fusion: Fusion, workspace: Workspace) -> tuple[FusedAttention, Tensor]:
+def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention, Tensor]:
     """A with its heads fused, and O = A v (B, H, N, dh); image by image, so that A stays in the cache."""
     batch, heads, tokens, keys = operands.shape
     matrix, output = operands.q.new_empty(batch, 1, tokens, keys), side_by_side(operands.v, tokens)
-    tiles, share = Tiles(operands.q, keys, workspace), matrix.new_full((1, heads), 1 / heads)
+    tiles, share = Tiles(operands.q, keys), matrix.new_full((1, heads), 1 / heads)
+    room = tiles.room()
     for image in range(batch):
         q, k, v = operands.q[image], operands.k[image], operands.v[image]
         for rows in tiles.rows:
-            weights = softmax_of(q[:, rows], k, operands.scale, tiles.of(rows))
+            weights = softmax_of(q[:, rows], k, operands.scale, tiles.of(rows, room))
             if fusion == "mean":  # a matrix product is the faster sum over a few heads
                 torch.mm(share, weights.flatten(1), out=matrix[image, :, rows].flatten(1))
             else:

@@ -14,7 +14,7 @@ from .borrowing import runs_library_code
 from .combination import Combination
 from .errors import CaptureError
 from .fused_gradient import FusedGradient, GradientFusion
-from .fusion import Workspace, attend, fuses_well
+from .fusion import attend, fuses_well
 from .models.adapter import BlockModules, ModelAdapter
 from .needs import Needs, State
 from .record import BlockRecord
@@ -56,7 +56,6 @@ class Recording:
         if needs.every_attention and adapter.pool is not None:
             self.pool = BlockRecord(len(blocks), adapter, adapter.pool, (blocks[-1].layout,), True)
         self.tracked: list[tuple[Tensor, Store]] = []
-        self._workspace = Workspace()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -159,7 +158,7 @@ class Recording:
         def instead(operands: AttentionOperands, _: Sequence[Tensor] | None) -> Tensor | None:
             if not fuses_well(operands):
                 return None
-            fused, output = attend(operands, fusion, self._workspace)
+            fused, output = attend(operands, fusion)
             record._calls.append(fused)
             return output
 
@@ -171,7 +170,7 @@ class Recording:
                 return None
             if any(each.shape[1] != operands.shape[1] or each.dtype != operands.q.dtype for each in given):
                 return None
-            fused, (q, k, v) = FusedGradient.of(operands, fusion, self._workspace), given
+            fused, (q, k, v) = FusedGradient.of(operands, fusion), given
             record._calls.append(fused)
             output = fused.attend(q, k, v, operands.scale)
             if output.requires_grad:
