@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -48,35 +49,35 @@ def is_watched(module: nn.Module) -> bool:
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[nn.Module]:
+def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[nn.Module]:
     """Evaluation mode, frozen weights, no checkpointing, nothing compiled inside; everything as before outside.
 
     Checkpointing would run blocks a second time in the backward pass, when nothing watches them; and what
     `nn.Module.compile` made of a module may be a forward in which nobody watched.
+
+    Args:
+        model: is borrowed.
+        modules: all that it consists of, where that is known; see `all_modules`.
     """
-    modules = all_modules(model)
-    # there are hundreds: what a module lacks is asked of its dictionary, a tenth of the time of asking the module
-    held = [vars(module) for module in modules]
-    training = [module.training for module in modules]
-    named = {  # by a value of the class, and not by a property
-        kind
-        for kind in set(map(type, modules))
-        if any(isinstance(getattr(kind, name, None), bool) for name in _CHECKPOINTING)
-    }
-    checkpointed = [
-        (module, name)
-        for module, own in zip(modules, held, strict=True)
-        if type(module) in named or not own.keys().isdisjoint(_CHECKPOINTING)
-        for name in _CHECKPOINTING
-        if getattr(module, name, False) is True
-    ]
-    compiled = [(module, own[_COMPILED]) for module, own in zip(modules, held, strict=True) if own.get(_COMPILED)]
-    trainable = [
-        parameter
-        for module in modules
-        for parameter in module._parameters.values()
-        if parameter is not None and parameter.requires_grad and parameter.is_leaf
-    ]
+    modules = all_modules(model) if modules is None else modules
+    training: list[bool] = []
+    checkpointed: list[tuple[nn.Module, str]] = []
+    compiled: list[tuple[nn.Module, Any]] = []
+    trainable: list[nn.Parameter] = []
+    named: dict[type, bool] = {}
+    # once over all of them: there are hundreds, and on a small model it shows
+    for module in modules:
+        own, kind = module.__dict__, type(module)
+        if kind not in named:  # by a value of the class, and not by a property
+            named[kind] = any(isinstance(getattr(kind, name, None), bool) for name in _CHECKPOINTING)
+        training.append(module.training)
+        if named[kind] or _CHECKPOINTING[0] in own or _CHECKPOINTING[1] in own:
+            checkpointed += [(module, name) for name in _CHECKPOINTING if getattr(module, name, False) is True]
+        if _COMPILED in own and own[_COMPILED]:
+            compiled.append((module, own[_COMPILED]))
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                trainable.append(parameter)
     try:
         if any(training):
             for module, was in zip(modules, training, strict=True):
@@ -87,7 +88,7 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
         for module, _ in compiled:
             setattr(module, _COMPILED, None)
         for parameter in trainable:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         yield model
     finally:
         for module, was in zip(modules, training, strict=True):
@@ -98,13 +99,13 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
         for module, call in compiled:
             setattr(module, _COMPILED, call)
         for parameter in trainable:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
 
 @contextmanager
 def attributes_set(owners: Iterable[object], name: str, value: object) -> Iterator[None]:
     """An attribute of several objects set inside, and back to each one's own value outside."""
-    before = [(owner, getattr(owner, name)) for owner in owners]
+    before = [(owner, own) for owner in owners if (own := getattr(owner, name)) is not value]
     try:
         for owner, _ in before:
             setattr(owner, name, value)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .borrowing import borrowed
+from .borrowing import all_modules, borrowed
 from .errors import CaptureError
 from .layout import TokenLayout
 from .linear_products import KnownProducts, LinearProducts
@@ -77,12 +77,14 @@ class Capture:
         self._image_gradient: Tensor | None = None
         self._others: dict[Needs, Capture] = {}
         self._products: LinearProducts | None = None
+        self._modules: list[nn.Module] | None = None
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # in a caller's no graph could be recorded
             stack.enter_context(torch.set_grad_enabled(self.needs.gradient or self.needs.apart > 0))
-            stack.enter_context(borrowed(self.adapter.model))
+            self._modules = all_modules(self.adapter.model)
+            stack.enter_context(borrowed(self.adapter.model, self._modules))
             stack.enter_context(self.adapter.prepared())
             self._context = stack.pop_all()
         return self
@@ -172,7 +174,7 @@ class Capture:
         whole = needs.recorded_states & BEHIND_ATTENTION or needs.apart or needs.backward is not None
         if whole or self._products is not None or not self.layouts:
             return None
-        short = ShortLastBlock.of(self.adapter, self.layouts[-1].count)
+        short = ShortLastBlock.of(self.adapter, self.layouts[-1].count, self._modules)
         return short if short is not None and short.holds(self.images) else None
 
     def _recorded(self, short: ShortLastBlock | None) -> Tensor:

@@ -52,7 +52,7 @@ def hand_down(row: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
     Raises:
         CaptureError: no layout has that many tokens.
     """
-    if row.shape[1] == layouts[0].count and all(each is layouts[0] for each in layouts):
+    if row.shape[1] == layouts[0].count and layouts.count(layouts[0]) == len(layouts):
         return row
     path = list(layouts)
     while path and path[-1].count != row.shape[1]:

@@ -233,8 +233,9 @@ class BlockRecord:
 
     def follow(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
         """As `propagate`, averaged over heads (B, N); of what was fused at once, which has to be the same."""
-        if isinstance(self.operands, FusedAttention):
-            return self.operands.follow(row)
+        operands = self.operands
+        if isinstance(operands, FusedAttention):
+            return operands.follow(row)
         return self.propagate(row, weigh).mean(1)
 
     def fused(self, weigh: Callable[[RowTile], Tensor]) -> Tensor:

@@ -70,12 +70,15 @@ class ShortLastBlock:
     modules: list[nn.Module]
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, tokens: int) -> ShortLastBlock | None:
+    def of(
+        cls, adapter: ModelAdapter, tokens: int, everything: Sequence[nn.Module] | None = None
+    ) -> ShortLastBlock | None:
         """None where it cannot be done.
 
         Args:
             adapter: of the borrowed model.
             tokens: N, those of the last block.
+            everything: all modules of the model, where they are known; see `all_modules`.
         """
         read = first_tokens_read(adapter, tokens)
         if read is None or max(read, _ROWS) > _FEW * tokens:
@@ -83,7 +86,9 @@ class ShortLastBlock:
         last, others = adapter.blocks[-1], dict.fromkeys(each.block for each in adapter.blocks[:-1])
         if type(last.combination) is not Combination or last.windows or last.arrangement not in ("BND", "NBD"):
             return None
-        if torch_modules._has_any_global_hook() or any(map(is_watched, all_modules(adapter.model))):  # type: ignore[no-untyped-call]
+        if torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        if any(map(is_watched, all_modules(adapter.model) if everything is None else everything)):
             return None
         modules = all_modules(adapter.model, without=others)
         return cls(adapter, read, modules) if all(map(runs_library_code, modules)) else None

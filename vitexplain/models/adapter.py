@@ -179,7 +179,8 @@ class ModelAdapter(ABC):
         """What the family needs while it is captured, put back on leaving: here, fused attention switched on."""
         parts = [*self.blocks, *([self.pool] if self.pool else [])]
         switches = dict.fromkeys(module for part in parts for module in all_modules(part.attention))
-        switched = [each for each in switches if "fused_attn" in vars(each) or hasattr(type(each), "fused_attn")]
+        kinds = {kind for kind in set(map(type, switches)) if hasattr(kind, "fused_attn")}
+        switched = [each for each in switches if type(each) in kinds or "fused_attn" in vars(each)]
         return attributes_set(switched, "fused_attn", True)
 
     def check_images(self, images: Tensor) -> Tensor:
