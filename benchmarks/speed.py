@@ -89,7 +89,9 @@ class Times:
 
 
 def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "", *, warm: bool = True) -> dict[str, Times]:
-    """Times every run once a round, each round beginning with another one.
+    """Times every run once a round, each round beginning with another one, and every other round going backwards.
+
+    What ran before a run leaves the machine's caches and memory as it does: so no run always follows the same one.
 
     Args:
         runs: by name.
@@ -102,8 +104,8 @@ def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "", *, war
     for index in tqdm(
         range(-1 if warm else 0, rounds), desc=progress, unit="round", disable=None if progress else True
     ):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        step = -1 if index % 2 else 1
+        for name in (names[(index + step * place) % len(names)] for place in range(len(names))):
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name]()

@@ -55,8 +55,7 @@ class Rollout(ProductMethod):
         fuse = FUSE[self.head_fusion]
         if self.discard_ratio == 0 and self.normalisation == "row":
             if self.head_fusion == "mean" and block.operands.stochastic:  # a mean of distributions is one
-                product = block.follow(row, lambda tile: tile.attention)
-                return torch.lerp(product, row.to(product.dtype), self.residual)
+                return block.follow(row, lambda tile: tile.attention, self.residual)
             return block.propagate(row, lambda tile: self._factor(fuse(tile.attention, 1), tile.rows))
         fused = torch.cat([fuse(tile.attention, 1) for tile in block.tiles()], dim=1)
         factor = self._factor(self._discard(fused), slice(None))

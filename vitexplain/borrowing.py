@@ -73,7 +73,7 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
         training.append(module.training)
         if named[kind] or _CHECKPOINTING[0] in own or _CHECKPOINTING[1] in own:
             checkpointed += [(module, name) for name in _CHECKPOINTING if getattr(module, name, False) is True]
-        if _COMPILED in own and own[_COMPILED]:
+        if own.get(_COMPILED):
             compiled.append((module, own[_COMPILED]))
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad and parameter.is_leaf:

@@ -66,8 +66,9 @@ class FusedGradient(FusedAttention):
         first, second = tiles.room(), tiles.room()
         for image, gradient in enumerate(output_gradient):
             for rows in tiles.rows:
-                attention = softmax_of(q[image, :, rows], k[image], operands.scale, tiles.of(rows, first))
-                weighted = _weighted(attention, v[image], gradient[:, rows], tiles.of(rows, second))
+                room = tiles.of(rows, second)
+                attention = softmax_of(q[image, :, rows], k[image], operands.scale, room, tiles.of(rows, first))
+                weighted = _weighted(attention, v[image], gradient[:, rows], room)
                 self.take(weighted, image, rows)
 
     def take(self, weighted: Tensor, image: int, rows: slice) -> None:
@@ -87,7 +88,8 @@ class _Attend(torch.autograd.Function):
             ctx.save_for_backward(q, k, v)
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
         # of one small image, it is in the cache still when it is asked for again
-        attention = softmax_of(q[0], k[0], scale, tiles.of(tiles.rows[0], tiles.room()))
+        room, kept = (tiles.of(tiles.rows[0], tiles.room()) for _ in range(2))
+        attention = softmax_of(q[0], k[0], scale, room, kept)
         ctx.save_for_backward(q, k, v, attention)
         output = side_by_side(v, q.shape[2])
         torch.bmm(attention, v[0], out=output[0])
@@ -101,9 +103,10 @@ class _Attend(torch.autograd.Function):
         first, second = tiles.room(), tiles.room()
         for image, gradient in enumerate(arrived):
             for rows in tiles.rows:
-                place, arriving, further = tiles.of(rows, first), gradient[:, rows], int(rows.start > 0)
-                attention = kept[0] if kept else softmax_of(q[image, :, rows], k[image], scale, place)
-                weighted = _weighted(attention, v[image], arriving, tiles.of(rows, second))
+                place, room = tiles.of(rows, first), tiles.of(rows, second)
+                arriving, further = gradient[:, rows], int(rows.start > 0)
+                attention = kept[0] if kept else softmax_of(q[image, :, rows], k[image], scale, room, place)
+                weighted = _weighted(attention, v[image], arriving, room)
                 torch.baddbmm(to_v[image], attention.mT, arriving, beta=further, out=to_v[image])
                 # of the softmax, on what it was taken of: dy/dA ∘ A less A times the sum of that over keys
                 score = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1, out=place)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import torch
@@ -62,9 +61,10 @@ class FusedAttention(Attention):
         """Not kept."""
         raise self.refusal("the gradient")
 
-    def follow(self, row: Tensor) -> Tensor:
-        """A row (B, N) times the matrix."""
-        return torch.bmm(row[:, None].to(self.matrix.dtype), self.matrix[:, 0])[:, 0]
+    def follow(self, row: Tensor, residual: float = 0.0) -> Tensor:
+        """A row (B, N) times the matrix, mixed with itself by the weight of the residual."""
+        row = row[:, None].to(self.matrix.dtype)
+        return torch.baddbmm(row, row, self.matrix[:, 0], beta=residual, alpha=1 - residual)[:, 0]
 
     def part(self, images: slice) -> FusedAttention:
         """The matrices of some images of the batch."""
@@ -122,8 +122,9 @@ class Tiles:
 
     def of(self, rows: slice, room: Tensor) -> Tensor:
         """A tile (H, T, N) in such memory; what was there before is lost."""
-        shape = self._heads, rows.stop - rows.start, self._keys
-        return room[: prod(shape)].view(shape)
+        height = rows.stop - rows.start
+        size = self._heads * height * self._keys
+        return (room if size == self._size else room[:size]).view(self._heads, height, self._keys)
 
 
 def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention, Tensor]:
@@ -131,11 +132,11 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
     batch, heads, tokens, keys = operands.shape
     matrix, output = operands.q.new_empty(batch, 1, tokens, keys), side_by_side(operands.v, tokens)
     tiles, share = Tiles(operands.q, keys), matrix.new_full((1, heads), 1 / heads)
-    room = tiles.room()
+    first, second = tiles.room(), tiles.room()
     for image in range(batch):
         q, k, v = operands.q[image], operands.k[image], operands.v[image]
         for rows in tiles.rows:
-            weights = softmax_of(q[:, rows], k, operands.scale, tiles.of(rows, room))
+            weights = softmax_of(q[:, rows], k, operands.scale, tiles.of(rows, first), tiles.of(rows, second))
             if fusion == "mean":  # a matrix product is the faster sum over a few heads
                 torch.mm(share, weights.flatten(1), out=matrix[image, :, rows].flatten(1))
             else:
@@ -144,10 +145,13 @@ def attend(operands: AttentionOperands, fusion: Fusion) -> tuple[FusedAttention,
     return FusedAttention(matrix, fusion == "mean"), output
 
 
-def softmax_of(q: Tensor, k: Tensor, scale: float, out: Tensor) -> Tensor:
-    """Rows of A (H, T, N) of one image, from q (H, T, dh) and k (H, N, dh), in the memory given."""
-    torch.baddbmm(out, q, k.mT, beta=0, alpha=scale, out=out)
-    return torch.softmax(out, -1, out=out)
+def softmax_of(q: Tensor, k: Tensor, scale: float, room: Tensor, out: Tensor) -> Tensor:
+    """Rows of A (H, T, N) of one image, from q (H, T, dh) and k (H, N, dh), in `out`.
+
+    In `room` lies what the softmax is taken of: it may be the same memory, but is a fifth slower there.
+    """
+    torch.baddbmm(room, q, k.mT, beta=0, alpha=scale, out=room)
+    return torch.softmax(room, -1, out=out)
 
 
 def side_by_side(v: Tensor, tokens: int) -> Tensor:

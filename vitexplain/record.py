@@ -231,12 +231,19 @@ class BlockRecord:
             return propagate_row(received, self.operands, weigh, output_gradient=gradient)
         return windows.merge(propagate_row(windows.split(received), self.operands, weigh, output_gradient=gradient))
 
-    def follow(self, row: Tensor, weigh: Callable[[RowTile], Tensor]) -> Tensor:
-        """As `propagate`, averaged over heads (B, N); of what was fused at once, which has to be the same."""
+    def follow(self, row: Tensor, weigh: Callable[[RowTile], Tensor], residual: float = 0.0) -> Tensor:
+        """As `propagate`, averaged over heads (B, N); of what was fused at once, which has to be the same.
+
+        Args:
+            row: (B, N) relevance of the tokens leaving the block.
+            weigh: what the matrix is made of, as for `propagate`.
+            residual: the weight of the row itself in the result, against that of its product.
+        """
         operands = self.operands
         if isinstance(operands, FusedAttention):
-            return operands.follow(row)
-        return self.propagate(row, weigh).mean(1)
+            return operands.follow(row, residual)
+        product = self.propagate(row, weigh).mean(1)
+        return torch.lerp(product, row.to(product.dtype), residual) if residual else product
 
     def fused(self, weigh: Callable[[RowTile], Tensor]) -> Tensor:
         """What `weigh` makes of all rows, averaged over heads (B, N, N); or what was fused at once, likewise.

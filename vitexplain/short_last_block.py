@@ -31,7 +31,6 @@ from .models.adapter import BlockModules, ModelAdapter
 from .modified_backward import linear_arguments
 from .scoped_mode import ScopedMode
 from .state_tap import watch_state
-from .tap import SDPA_SIGNATURE
 
 _FEW = 0.25  # of the tokens; with more there is little to save
 _ROWS = 2  # at least: of one row the product is another routine's, whose rounding depends on the number of threads
@@ -83,7 +82,7 @@ class ShortLastBlock:
         read = first_tokens_read(adapter, tokens)
         if read is None or max(read, _ROWS) > _FEW * tokens:
             return None
-        last, others = adapter.blocks[-1], dict.fromkeys(each.block for each in adapter.blocks[:-1])
+        last, others = adapter.blocks[-1], [each.block for each in adapter.blocks[:-1]]
         if type(last.combination) is not Combination or last.windows or last.arrangement not in ("BND", "NBD"):
             return None
         if torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -205,16 +204,18 @@ class _ReadTokens(ScopedMode):
             return self._map(*linear_arguments(args, named))
         return func(*args, **named)
 
-    def _attend(self, *args: Any, **named: Any) -> Tensor:
-        call = SDPA_SIGNATURE.bind(*args, **named).arguments
-        query, mask, tokens = call["query"], call.get("attn_mask"), self._tokens
-        if query.ndim != 4 or query.shape[2] != tokens or call["key"].shape[2] != tokens:
-            return F.scaled_dot_product_attention(*args, **named)
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **named: Any
+    ) -> Tensor:
+        tokens, rows = self._tokens, self._rows
+        if query.ndim != 4 or query.shape[2] != tokens or key.shape[2] != tokens:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, *rest, **named)
         self._attended = True
-        call["query"] = query[:, :, : self._rows]
-        if mask is not None and mask.shape[-2] == tokens:
-            call["attn_mask"] = mask[..., : self._rows, :]
-        return self._filled(F.scaled_dot_product_attention(**call), 2)
+        if attn_mask is not None and attn_mask.shape[-2] == tokens:
+            attn_mask = attn_mask[..., :rows, :]
+        return self._filled(
+            F.scaled_dot_product_attention(query[:, :, :rows], key, value, attn_mask, *rest, **named), 2
+        )
 
     def _map(self, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         axis = self._axis_of_tokens(state)
