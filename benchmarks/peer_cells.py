@@ -225,11 +225,11 @@ _TIME = f"""## Time
 
 CPU time of the whole call for the whole batch, float32. Each row is one pair: a method of another package, in the form
 that its documentation shows, and the method here that computes the same. Ratios are taken within interleaved rounds,
-every other one of which goes backwards: median [quartiles]. `{FORWARD}` has no graph; `{FORWARD_BACKWARD}` has frozen weights and the gradient at the first
-block's input. *Alike* is the mean rank correlation of the two maps and their largest difference as a share of a map's
-range. A pair has as many rounds as fit its time, after a call that does not count; where no more than one call fits,
-that one is the round, and has no spread. *Naive* recipes are written out in `benchmarks/naive_recipes.py`: one image at
-a time, attention and its gradient kept whole, N×N products.
+every other one of which goes backwards: median [quartiles]. `{FORWARD}` has no graph; `{FORWARD_BACKWARD}` has frozen
+weights and the gradient at the first block's input. *Alike* is the mean rank correlation of the two maps and their
+largest difference as a share of a map's range. A pair has as many rounds as fit its time, after a call that does not
+count; where no more than one call fits, that one is the round, and has no spread. *Naive* recipes are written out in
+`benchmarks/naive_recipes.py`: one image at a time, attention and its gradient kept whole, N×N products.
 """
 
 _MEMORY = """## Memory

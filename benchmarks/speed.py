@@ -89,9 +89,10 @@ class Times:
 
 
 def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "", *, warm: bool = True) -> dict[str, Times]:
-    """Times every run once a round, each round beginning with another one, and every other round going backwards.
+    """Times every run once a round, the rounds beginning in other places, and every other one going backwards.
 
-    What ran before a run leaves the machine's caches and memory as it does: so no run always follows the same one.
+    What ran before a run leaves the machine's caches and memory as it does: so no run always follows the same one, and
+    of three or more none follows itself.
 
     Args:
         runs: by name.
@@ -104,8 +105,9 @@ def interleaved(runs: Mapping[str, Run], rounds: int, progress: str = "", *, war
     for index in tqdm(
         range(-1 if warm else 0, rounds), desc=progress, unit="round", disable=None if progress else True
     ):
-        step = -1 if index % 2 else 1
-        for name in (names[(index + step * place) % len(names)] for place in range(len(names))):
+        # backwards from the other half, or a round would begin with what the last one ended with
+        first, step = (index // 2 + len(names) // 2, -1) if index % 2 else (index // 2, 1)
+        for name in (names[(first + step * place) % len(names)] for place in range(len(names))):
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name]()

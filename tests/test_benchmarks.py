@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -234,10 +235,11 @@ def test_ratios_are_taken_within_rounds():
     assert speed.quartiles([1.0, 20.0, 3.0], [1.0, 10.0, 3.0]) == (1.0, 1.0, 1.5)
 
 
-def test_rounds_are_interleaved_and_start_with_another_candidate_each_every_other_one_backwards():
+def test_rounds_are_interleaved_every_other_one_backwards_and_nothing_follows_itself():
     seen: list[str] = []
     times = speed.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, rounds=4)
-    assert "".join(seen[3:]) == "abcbaccabacb"
+    assert "".join(seen[3:]) == "abcbacbcacba"
+    assert all(one != other for one, other in pairwise(seen))
     assert all(len(each.cpu) == len(each.wall) == 4 for each in times.values())
 
 

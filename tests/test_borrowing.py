@@ -10,7 +10,7 @@ from families import make_images, make_model
 from torch import nn
 
 from vitexplain import get_explainer
-from vitexplain.borrowing import borrowed
+from vitexplain.borrowing import attributes_set, borrowed
 
 
 def test_everything_is_put_back_after_an_error() -> None:
@@ -42,3 +42,29 @@ def test_modules_that_were_compiled_in_place_are_explained_as_they_are(name: str
     calls = [module._compiled_call_impl for module in compiled]
     torch.testing.assert_close(get_explainer(name, model)(images, 1).scores, expected)
     assert [module._compiled_call_impl for module in compiled] == calls
+
+
+class _Linked:
+    """Writing its attribute writes that of what it holds, as a configuration does with those of its parts."""
+
+    def __init__(self, own: str, *parts: _Linked) -> None:
+        self._own, self._parts = own, parts
+
+    @property
+    def kind(self) -> str:
+        return self._own
+
+    @kind.setter
+    def kind(self, value: str) -> None:
+        self._own = value
+        for part in self._parts:
+            part.kind = value
+
+
+@pytest.mark.parametrize("own", [("eager", "fused"), ("fused", "eager"), ("eager", "eager"), ("fused", "fused")])
+def test_attributes_that_write_each_other_are_put_back(own: tuple[str, str]) -> None:
+    part = _Linked(own[1])
+    whole = _Linked(own[0], part)
+    with attributes_set([whole, part], "kind", "fused"):
+        assert (whole.kind, part.kind) == ("fused", "fused")
+    assert (whole.kind, part.kind) == own

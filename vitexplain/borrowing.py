@@ -104,12 +104,17 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
 
 @contextmanager
 def attributes_set(owners: Iterable[object], name: str, value: object) -> Iterator[None]:
-    """An attribute of several objects set inside, and back to each one's own value outside."""
-    before = [(owner, own) for owner in owners if (own := getattr(owner, name)) is not value]
+    """An attribute of several objects set inside, and back to each one's own value outside.
+
+    It is written where it differs, which is asked each time: writing one object's may change another's.
+    """
+    before = [(owner, getattr(owner, name)) for owner in owners]
     try:
         for owner, _ in before:
-            setattr(owner, name, value)
+            if getattr(owner, name) is not value:
+                setattr(owner, name, value)
         yield
     finally:
         for owner, own in before:
-            setattr(owner, name, own)
+            if getattr(owner, name) is not own:
+                setattr(owner, name, own)

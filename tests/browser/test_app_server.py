@@ -84,7 +84,7 @@ def test_many_visitors_at_once_each_get_their_own_maps(address: str, pictures: l
         assert [case.target for case in expected.cases] == targets
         drawn = zip(_drawn(maps), _drawn(maps_html(expected, "overlay", True, False)), strict=True)
         for shown, own in drawn:  # the server may run on another number of threads, whose rounding is another
-            assert np.abs(shown - own).max() <= 4
+            assert np.abs(shown - own).max() <= 8  # one step of a coefficient of the JPEG
             assert np.abs(shown - own).mean() < 0.01
 
 
