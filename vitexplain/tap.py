@@ -34,7 +34,6 @@ Instead = Callable[[AttentionOperands, "Sequence[Tensor] | None"], "Tensor | Non
 and v on the model's graph where it called the kernel itself; None leaves it to the kernel."""
 
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
-_OPERANDS = ("query", "key", "value")
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax})
 _PRODUCT = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__})
 
@@ -91,7 +90,7 @@ class AttentionTap(ScopedMode):
         named = kwargs or {}
         watched = self._inside[-1]
         if func is F.scaled_dot_product_attention:
-            given = args[:3] if len(args) > 2 else [*args, *(named[name] for name in _OPERANDS[len(args) :])]
+            given = [*args[:3], *(named[name] for name in ("query", "key", "value")[len(args) :])]
             return self._fused(watched, attention_operands(*args, **named), lambda: func(*args, **named), given)
         if func is F.multi_head_attention_forward:
             return multi_head(functools.partial(self._fused, watched), *args, **named)
