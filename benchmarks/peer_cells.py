@@ -97,6 +97,7 @@ class TimeCell(Cell):
     Attributes:
         rounds: how often each side ran, without a call before; where that call would not fit, the one call is cold.
         load: the machine's load average before the run.
+        plain_failure: which plain pass failed and how, if one did; nothing is compared with it then.
         forward_seconds: median of the plain forward pass.
         backward_seconds: median of forward and backward.
         ours_seconds: median of the method here.
@@ -112,6 +113,7 @@ class TimeCell(Cell):
     file = "peers_time.csv"
     load: float
     rounds: int = 0
+    plain_failure: str = ""
     forward_seconds: float | None = None
     backward_seconds: float | None = None
     ours_seconds: float | None = None
@@ -214,7 +216,7 @@ def report(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
     """The figures and what they say as Markdown."""
     parts = ["# Beside other packages\n"]
     if times:
-        parts += [_TIME, *_sentences(times, "faster", "slower"), "", _time_table(times), ""]
+        parts += [_TIME, *_sentences(times, "faster", "slower"), *_plain_failures(times), "", _time_table(times), ""]
     if memory:
         parts += [_MEMORY, *_sentences(memory, "smaller", "larger"), *_naive_sentence(memory)]
         parts += ["", _memory_table(memory), ""]
@@ -269,6 +271,15 @@ def _left_out(cells: Sequence[Cell]) -> list[str]:
         + "."
         for reason, places in reasons.items()
     ]
+
+
+def _plain_failures(cells: Iterable[TimeCell]) -> list[str]:
+    """Which plain passes failed, and where."""
+    places: dict[str, dict[str, None]] = {}
+    for each in cells:
+        if each.plain_failure:
+            places.setdefault(each.plain_failure, {})[each.where] = None
+    return [f"- Nothing is compared with {failure}: {'; '.join(where)}." for failure, where in places.items()]
 
 
 def _naive_sentence(cells: Sequence[MemoryCell]) -> list[str]:

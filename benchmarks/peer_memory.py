@@ -23,12 +23,9 @@ START = 60.0
 PATIENCE = 4.0
 """How many times as long as planned a process may take to measure: it gives each block of memory back at once."""
 
-HALF = 0.48
-"""Share of the machine's memory that a process may take, of two at a time."""
-
 
 def memory_cells(
-    place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan], alone: Processes
+    place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan], alone: Processes, share: float
 ) -> list[MemoryCell]:
     """Measures both sides of all pairs and the plain passes; weights are random.
 
@@ -37,8 +34,9 @@ def memory_cells(
         pairs: what is measured.
         plans: how long a call takes.
         alone: gives each figure a process.
+        share: of the memory that is free when it begins, which a process may take.
     """
-    where = [place["model"], place["size"], place["batch"], place["threads"]]
+    where = [place["model"], place["size"], place["batch"], place["threads"], share]
 
     def measured(name: str, side: str, call: float) -> dict[str, Any] | str:
         return alone.measure(measure_here, [name, side, *where], START + PATIENCE * call)
@@ -67,9 +65,11 @@ def memory_cells(
     return cells
 
 
-def measure_here(name: str, side: str, model_name: str, size: int, batch: int, threads: int) -> dict[str, float]:
+def measure_here(
+    name: str, side: str, model_name: str, size: int, batch: int, threads: int, share: float
+) -> dict[str, float]:
     """Peak memory of one side of a pair, or of a plain pass, in this process: ``process``, in MiB."""
-    limit_memory(HALF)
+    limit_memory(share)
     torch.set_num_threads(threads)
 
     def run_of(of: Subject) -> Run:

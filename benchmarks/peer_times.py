@@ -29,25 +29,26 @@ def time_cells(
         pairs: what is measured.
         plans: how often each pair runs, at least once.
     """
-    plain: dict[str, Run] = {
-        FORWARD: lambda: forward(of.model, of.images),
-        FORWARD_BACKWARD: lambda: forward_backward(of.model, of.images),
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant maps of random weights, and what peers warn of
         Predictor.of(of.model).logits(of.images[:1])  # tries the short last block, which is done once a model
+        fullest = max((plans[name] for name in pairs), key=lambda plan: (plan.rounds, plan.warm))
+        plain: dict[str, Run] = {
+            FORWARD: lambda: forward(of.model, of.images),
+            FORWARD_BACKWARD: lambda: forward_backward(of.model, of.images),
+        }
         warm = any(plans[name].warm for name in pairs)
-        sides = {
+        sides = {name: Side(run, fullest, called=not warm) for name, run in plain.items()}
+        sides |= {
             f"{name} {side}": Side.of(prepare, of, plans[name], called=not warm)
             for name, pair in pairs.items()
             for side, prepare in (("ours", pair.run_ours), ("peer", pair.run_peer))
         }
-        most = max(plans[name].rounds for name in pairs)
         gc.collect()
         gc.freeze()  # or each call waits until all that is loaded has been looked through for garbage
         try:
             label = f"{place['model']}, {place['size']} px, batch {place['batch']}"
-            times = interleaved(plain | sides, most, label, warm=warm)
+            times = interleaved(sides, fullest.rounds, label, warm=warm)
         finally:
             gc.unfreeze()
         return [
@@ -64,6 +65,9 @@ def _figures(name: str, times: Mapping[str, Times], sides: Mapping[str, Side]) -
     figures: dict[str, Any] = {f"{side}_failure": each.failure for side, each in both.items()} | {"rounds": rounds}
     figures |= {f"{side}_seconds": float(np.median(own)) for side, own in cpu.items()}
     for reference, run in (("forward", FORWARD), ("backward", FORWARD_BACKWARD)):
+        if sides[run].failure:
+            figures["plain_failure"] = f"{run} ({sides[run].failure})"
+            continue
         plain = times[run].cpu[:rounds]
         figures[f"{reference}_seconds"] = float(np.median(plain))
         figures |= {f"{side}_{reference}": quartiles(own, plain) for side, own in cpu.items()}

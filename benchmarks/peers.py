@@ -45,10 +45,13 @@ from .measuring import (
 from .memory import limit_memory
 from .peer_cells import Cell, MemoryCell, TimeCell, add_cells
 from .peer_libraries import Subject
-from .peer_memory import HALF, LOADED, memory_cells
+from .peer_memory import LOADED, memory_cells
 from .peer_methods import PAIRS, Failure, Pair, Plan, attempt
 from .peer_times import time_cells
 from .processes import Processes
+
+HALF = 0.48
+"""Share of the free memory that a process may take, of two at a time."""
 
 _MODULE = "vitexplain.benchmarks.peers"
 
@@ -122,7 +125,7 @@ def measure_place(
     held = {**place, "weights": "random"}
     memory = None
     if alone is not None:
-        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans, alone))
+        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans, alone, options.share))
     if options.what != "memory":
         timed = {**place, "weights": weights, "load": round(os.getloadavg()[0], 1)}
         add(TimeCell, timed, lambda: time_cells(timed, subject(model, size, batch, options.data), fitting, plans))
@@ -141,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60, help="what a pair's rounds may take in a place, about")
     parser.add_argument("--longest", type=float, default=600, help="what one call of both may take, or it is left out")
     parser.add_argument("--threads", type=int, default=1, help="number of threads")
+    parser.add_argument("--share", type=float, default=HALF, help="of the free memory, what a process may take")
     data = os.environ.get("VITEXPLAIN_TEST_DATA")
     parser.add_argument("--data", type=Path, default=data, help="test data; without it weights and images are random")
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
@@ -151,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("memory is read from /proc: run it on Linux")
     if min(options.rounds, options.seconds, options.longest, options.threads, *options.batches, *options.sizes) < 1:
         parser.error("found a number below 1, expected numbers >= 1")
+    if not 0 < options.share < 1:
+        parser.error(f"found --share {options.share:g}, expected a number above 0 and below 1")
     if unknown := sorted(set(options.only) - PAIRS.keys()):
         parser.error(f"unknown pairs {unknown}; there are {', '.join(PAIRS)}")
     places = _places(options)
@@ -159,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (options.output / kind.file).unlink(missing_ok=True)
     facts = machine_facts(_MODULE, _without_paths(given), f"{options.threads} threads; {_versions()}")
     processes = nullcontext() if options.what == "time" else Processes(LOADED)
-    with processes as alone, _settings(options.threads), ThreadPoolExecutor(1) as beside:
+    with processes as alone, _settings(options.threads, options.share), ThreadPoolExecutor(1) as beside:
         try:
             on_their_way = [measure_place(*place, options, facts, beside, alone) for place in places]
             for memory in filter(None, on_their_way):
@@ -171,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def _settings(threads: int) -> Iterator[None]:
+def _settings(threads: int, share: float) -> Iterator[None]:
     """This process's threads, and so much memory that what needs more raises; both are set back.
 
     NumPy's threads are held, too: after a peer's decomposition they wait busily, and what runs next would pay for it.
@@ -180,7 +186,7 @@ def _settings(threads: int) -> Iterator[None]:
 
     before, limits = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_DATA)
     torch.set_num_threads(threads)
-    limit_memory(HALF)
+    limit_memory(share)
     held: AbstractContextManager[Any] = nullcontext()
     if find_spec("threadpoolctl"):  # comes with the peers that need it
         held = import_module("threadpoolctl").threadpool_limits(threads)

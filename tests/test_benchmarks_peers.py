@@ -240,11 +240,36 @@ def test_pairs_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pyte
     assert "Failed" not in text
 
 
-def test_a_place_whose_plain_pass_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_plain_pass_fails_pairs_are_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_memory(*_: object) -> torch.Tensor:
         raise MemoryError
 
     monkeypatch.setattr(peer_times, "forward_backward", no_memory)
+    text = tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
+    assert (
+        "- Nothing is compared with forward + backward (out of memory): "
+        "vit_tiny, 32 px, batch 1; vit_tiny, 32 px, batch 2." in text
+    )
+    for cell in peer_cells.read_cells(TimeCell, tmp_path):
+        assert cell.speedup is not None
+        assert cell.ours_forward is not None
+        assert cell.ours_backward is cell.peer_backward is cell.backward_seconds is None
+
+
+@pytest.mark.parametrize("share", ["0", "1", "nan"])
+def test_a_share_of_memory_is_a_share(tmp_path: Path, share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tiny_run(tmp_path, "--batches", "1", "--share", share)
+    assert "expected a number above 0 and below 1" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> Subject:
+        raise MemoryError
+
+    monkeypatch.setattr(peers, "subject", no_memory)
     text = tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
     assert (
         "- Left out (out of memory): 2 of 2 rows: vit_tiny, 32 px, batch 1 (1); vit_tiny, 32 px, batch 2 (1)." in text
@@ -479,7 +504,7 @@ def test_memory_of_both_sides() -> None:
 
     place = {**MADE_UP, "batch": 8}
     pairs, plans = {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7, 60.0)}
-    (cell,) = peer_memory.memory_cells(place, pairs, plans, Answering())
+    (cell,) = peer_memory.memory_cells(place, pairs, plans, Answering(), share=0.3)
     assert (cell.ours_mebibytes, cell.peer_mebibytes, cell.peer_failure) == (7.0, None, "out of memory")
     assert cell.forward_mebibytes == cell.backward_mebibytes == 7.0
     assert [task[:2] for task in asked] == [
