@@ -43,10 +43,11 @@ from .measuring import (
     random_vit,
 )
 from .memory import limit_memory
-from .peer_cells import Cell, MemoryCell, TimeCell, add_cells
+from .peer_cells import Cell, MemoryCell, TimeCell
 from .peer_libraries import Subject
 from .peer_memory import LOADED, memory_cells
 from .peer_methods import PAIRS, Failure, Pair, Plan, attempt
+from .peer_report import add_cells
 from .peer_times import time_cells
 from .processes import Processes
 

@@ -27,6 +27,7 @@ from vitexplain.benchmarks import (
     peer_cells,
     peer_libraries,
     peer_memory,
+    peer_report,
     peer_times,
     peers,
     scaling,
@@ -152,7 +153,7 @@ def test_a_failing_peer_has_a_row_that_says_how(subject: Subject) -> None:
     assert cell.speedup is cell.peer_seconds is cell.likeness is None
     assert cell.ours_seconds is not None
     assert cell.ours_seconds > 0
-    text = peer_cells.report([cell], [])
+    text = peer_report.report([cell], [])
     assert "0 of 0 rows" in text
     assert "LookupError: no such thing / at all |" in text
 
@@ -165,7 +166,7 @@ def test_a_side_that_runs_out_of_memory_fails_alone(subject: Subject, error: Exc
     cell = timed(subject, replace(PAIRS["gradcam"], run_ours=raising(error, after)))
     assert (cell.ours_failure, cell.left_out) == ("out of memory", "")
     assert cell.ours_seconds is None
-    assert "- Failed: gradcam (out of memory)." in peer_cells.report([cell], [])
+    assert "- Failed: gradcam (out of memory)." in peer_report.report([cell], [])
 
 
 # ------------------------------------------------------------------------------------------ the time of a pair
@@ -412,7 +413,7 @@ def test_cells_of_several_runs_make_one_table(tmp_path: Path) -> None:
 
 
 def test_a_run_begins_new_tables(tmp_path: Path) -> None:
-    peer_cells.add_cells(MemoryCell, [MemoryCell(**PLACE, pair="gradcam", ours="A", peer="P")], tmp_path, list(PAIRS))
+    peer_report.add_cells(MemoryCell, [MemoryCell(**PLACE, pair="gradcam", ours="A", peer="P")], tmp_path, list(PAIRS))
     tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
     text = tiny_run(tmp_path, "--batches", "1", "--only", "layer_gradcam")
     assert [cell.pair for cell in peer_cells.read_cells(TimeCell, tmp_path)] == ["layer_gradcam"]
@@ -447,12 +448,25 @@ def test_the_report_says_who_is_ahead() -> None:
         MemoryCell(**MADE_UP, batch=8, pair="a", ours="A", peer="P", ours_mebibytes=30.0, peer_mebibytes=15.0),
         MemoryCell(**MADE_UP, batch=8, pair="b", ours="B", peer="Q", ours_mebibytes=30.0, peer_failure="killed"),
     ]
-    text = peer_cells.report([], memory)
+    text = peer_report.report([], memory)
     assert "smaller in 1 of 2 rows" in text
     assert "2.50 to 2.5 times" in text
     assert "- Larger: A against P (vit_tiny, 224 px, batch 8): 0.50." in text
     assert "- Failed: Q (killed)." in text
     assert text.count("C\n\nM") == 1
+
+
+def test_the_report_begins_with_an_overview() -> None:
+    ahead = MemoryCell(**MADE_UP, batch=1, pair="a", ours="A", peer="P", ours_mebibytes=10.0, peer_mebibytes=25.0)
+    level = replace(ahead, batch=8, peer_mebibytes=10.04)
+    lost = replace(ahead, pair="b", ours="B", peer="Q", batch=32, peer_mebibytes=None, peer_failure="out of memory")
+    both = replace(lost, batch=8, ours_mebibytes=None, ours_failure="out of memory")
+    left = replace(ahead, pair="c", ours="C", peer="R", ours_mebibytes=None, peer_mebibytes=None, left_out="too slow")
+    text = peer_report.report([], [ahead, level, lost, both, left])
+    overview = text[text.index("Memory of the other over memory here, vit_tiny") :].split("\n\n")[1]
+    assert overview.splitlines()[0] == "| here | other | 224 px, 1 | 224 px, 8 | 224 px, 32 |"
+    assert overview.splitlines()[2:] == ["| A | P | 2.50 | **1.00** |  |", "| B | Q |  |  | *room* |"]
+    assert "- The other ran out of memory, and the method here did not, in 1 rows." in text
 
 
 def test_the_report_says_what_naive_recipes_hold_of_large_images() -> None:
@@ -462,13 +476,13 @@ def test_the_report_says_what_naive_recipes_hold_of_large_images() -> None:
     )
     nothing = replace(ample, batch=32, peer_mebibytes=None, peer_failure="out of memory")
     small, other = replace(ample, size=224, peer_mebibytes=11.0), replace(ample, pair="b", peer_mebibytes=11.0)
-    text = peer_cells.report([], [ample, nothing, small, other])
+    text = peer_report.report([], [ample, nothing, small, other])
     claim = "At 768 pixels the naive recipes take at least 2 times as much: "
     assert f"- {claim}**met**, smallest 7.3 (A, vit_tiny, 768 px, batch 1); 1 of 2 rows have figures of both." in text
-    text = peer_cells.report([], [ample, replace(ample, batch=8, peer_mebibytes=19.0)])
+    text = peer_report.report([], [ample, replace(ample, batch=8, peer_mebibytes=19.0)])
     assert f"- {claim}**not met**, smallest 1.9 (A, vit_tiny, 768 px, batch 8); 2 of 2 rows" in text
-    assert f"- {claim}**not met**, no row has figures of both." in peer_cells.report([], [nothing])
-    assert claim not in peer_cells.report([], [small, other])
+    assert f"- {claim}**not met**, no row has figures of both." in peer_report.report([], [nothing])
+    assert claim not in peer_report.report([], [small, other])
 
 
 def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
@@ -484,7 +498,7 @@ def test_cells_come_back_from_their_file(tmp_path: Path) -> None:
         backward_seconds=0.2,
         speedup=[1.0, 2.0, 3.0],
     )
-    peer_cells.add_cells(TimeCell, [cell], tmp_path, ["saliency"])
+    peer_report.add_cells(TimeCell, [cell], tmp_path, ["saliency"])
     assert peer_cells.read_cells(TimeCell, tmp_path) == [cell]
     assert peer_cells.read_cells(MemoryCell, tmp_path) == []
 
