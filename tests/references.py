@@ -15,7 +15,7 @@ REFERENCES: dict[str, Reference] = {}
 
 
 def reference(name: str) -> Callable[[Reference], Reference]:
-    """Marks the reference of a method; the tests ask for one by name for every registered method."""
+    """Marks the reference of a method, which tests find by its name."""
 
     def keep(function: Reference) -> Reference:
         REFERENCES[name] = function
