@@ -43,6 +43,8 @@ def add_cells(kind: type[_Cell], new: Sequence[_Cell], folder: Path, order: Sequ
 def report(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
     """The figures and what they say as Markdown."""
     parts = ["# Beside other packages\n"]
+    if times and memory:
+        parts += [_SUMMARY, _summary(times, memory), ""]
     if times:
         parts += [_TIME, *_sentences(times, "faster", "slower"), *_plain_failures(times), ""]
         parts += [*_overviews(times, "Time"), _time_table(times), ""]
@@ -51,6 +53,10 @@ def report(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
         parts += [*_overviews(memory, "Memory"), _memory_table(memory), ""]
     return "\n".join([*parts, *_facts([*times, *memory]), ""])
 
+
+_SUMMARY = """How many times as much the other takes, over all models, image sizes and batches that are measured: smallest to
+largest (median, of so many places); and in how many places it ran out of memory where the method here did not.
+"""
 
 _TIME = f"""## Time
 
@@ -92,6 +98,32 @@ def _sentences(cells: _Cells, better: str, worse: str) -> list[str]:
 def _lost(cell: Cell) -> bool:
     """Whether the other had no room where the method here had."""
     return cell.peer_failure == OUT_OF_MEMORY and not cell.ours_failure
+
+
+def _summary(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
+    """A row a pair, over all places."""
+    rows = []
+    pairs = dict.fromkeys((each.ours, each.peer) for each in [*times, *memory])
+    for pair in pairs:
+        kinds: list[list[TimeCell] | list[MemoryCell]] = [
+            [each for each in times if (each.ours, each.peer) == pair],
+            [each for each in memory if (each.ours, each.peer) == pair],
+        ]
+        found = [text for cells in kinds for text in (_range(cells), str(sum(map(_lost, cells)) or ""))]
+        if any(found):
+            rows.append([*pair, *found])
+    return markdown_table(["here", "other", "time", "out of memory", "memory", "out of memory"], rows)
+
+
+def _range(cells: _Cells) -> str:
+    """The gains of one pair."""
+    gains = sorted(each.gain for each in cells if each.gain is not None)
+    if not gains:
+        return ""
+    low, median, high = (
+        f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (gains[0], np.median(gains), gains[-1])
+    )
+    return f"{low} to {high} ({median}, {len(gains)})"
 
 
 def _overviews(cells: _Cells, what: str) -> list[str]:

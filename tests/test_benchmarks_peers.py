@@ -469,6 +469,17 @@ def test_the_report_begins_with_an_overview() -> None:
     assert "- The other ran out of memory, and the method here did not, in 1 rows." in text
 
 
+def test_the_report_sums_each_pair_up() -> None:
+    times = [
+        TimeCell(**MADE_UP, batch=batch, load=0.0, pair="a", ours="A", peer="P", speedup=[0.5, speedup, 9.0])
+        for batch, speedup in ((1, 1.5), (8, 2.25), (32, 12.4))
+    ]
+    made = {"pair": "b", "ours": "B", "peer": "Q"}
+    memory = [MemoryCell(**MADE_UP, batch=1, **made, ours_mebibytes=10.0, peer_failure="out of memory")]
+    table = peer_report.report(times, memory).split("\n\n")[2].splitlines()
+    assert table[2:] == ["| A | P | 1.50 to 12 (2.25, 3) |  |  |  |", "| B | Q |  |  |  | 1 |"]
+
+
 def test_the_report_says_what_naive_recipes_hold_of_large_images() -> None:
     large = {**MADE_UP, "size": 768}
     ample = MemoryCell(
