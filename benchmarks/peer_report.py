@@ -54,8 +54,8 @@ def report(times: Sequence[TimeCell], memory: Sequence[MemoryCell]) -> str:
     return "\n".join([*parts, *_facts([*times, *memory]), ""])
 
 
-_SUMMARY = """How many times as much the other takes, over all models, image sizes and batches that are measured:
-smallest to largest (median, of so many places); and in how many places it ran out of memory where the method here did not.
+_SUMMARY = """How many times as much the other takes, over all models, image sizes and batches measured: smallest to
+largest (median, of so many places); and in how many places it alone ran out of memory.
 """
 
 _TIME = f"""## Time
