@@ -120,20 +120,20 @@ def measure(alone: Processes, name: str, model_name: str, size: int, device: str
 
 def limited(*task: Any) -> dict[str, Any]:
     """`measure_here` as a process does it."""
-    limit_memory()
+    limit_memory(int(0.95 * available_memory()))
     return asdict(measure_here(*task))
 
 
-def limit_memory(share: float = 0.95) -> None:
-    """Lets this process fail alone when memory runs out, before the kernel picks a victim.
+def available_memory() -> int:
+    """Bytes of the machine's memory that are free now."""
+    return 1024 * _kibibytes("meminfo", "MemAvailable")
 
-    Args:
-        share: of the machine's memory that is free now.
-    """
+
+def limit_memory(allowed: int) -> None:
+    """Lets this process fail alone when it needs more bytes than that, before the kernel picks a victim."""
     import resource
 
-    available = 1024 * _kibibytes("meminfo", "MemAvailable")
-    resource.setrlimit(resource.RLIMIT_DATA, (int(share * available), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, resource.RLIM_INFINITY))
 
 
 def ratios(peaks: Sequence[Peak], name: str) -> dict[str, float | None]:

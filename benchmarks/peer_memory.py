@@ -25,7 +25,7 @@ PATIENCE = 4.0
 
 
 def memory_cells(
-    place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan], alone: Processes, share: float
+    place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan], alone: Processes, allowed: int
 ) -> list[MemoryCell]:
     """Measures both sides of all pairs and the plain passes; weights are random.
 
@@ -34,9 +34,9 @@ def memory_cells(
         pairs: what is measured.
         plans: how long a call takes.
         alone: gives each figure a process.
-        share: of the memory that is free when it begins, which a process may take.
+        allowed: bytes that a process may take.
     """
-    where = [place["model"], place["size"], place["batch"], place["threads"], share]
+    where = [place["model"], place["size"], place["batch"], place["threads"], allowed]
 
     def measured(name: str, side: str, call: float) -> dict[str, Any] | str:
         return alone.measure(measure_here, [name, side, *where], START + PATIENCE * call)
@@ -66,10 +66,10 @@ def memory_cells(
 
 
 def measure_here(
-    name: str, side: str, model_name: str, size: int, batch: int, threads: int, share: float
+    name: str, side: str, model_name: str, size: int, batch: int, threads: int, allowed: int
 ) -> dict[str, float]:
     """Peak memory of one side of a pair, or of a plain pass, in this process: ``process``, in MiB."""
-    limit_memory(share)
+    limit_memory(allowed)
     torch.set_num_threads(threads)
 
     def run_of(of: Subject) -> Run:

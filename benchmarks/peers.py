@@ -42,7 +42,7 @@ from .measuring import (
     random_images,
     random_vit,
 )
-from .memory import limit_memory
+from .memory import available_memory, limit_memory
 from .peer_cells import Cell, MemoryCell, TimeCell
 from .peer_libraries import Subject
 from .peer_memory import LOADED, memory_cells
@@ -97,6 +97,7 @@ def measure_place(
     batch: int,
     options: argparse.Namespace,
     facts: str,
+    allowed: int,
     beside: Executor,
     alone: Processes | None,
 ) -> Future[None] | None:
@@ -126,7 +127,7 @@ def measure_place(
     held = {**place, "weights": "random"}
     memory = None
     if alone is not None:
-        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans, alone, options.share))
+        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans, alone, allowed))
     if options.what != "memory":
         timed = {**place, "weights": weights, "load": round(os.getloadavg()[0], 1)}
         add(TimeCell, timed, lambda: time_cells(timed, subject(model, size, batch, options.data), fitting, plans))
@@ -145,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60, help="what a pair's rounds may take in a place, about")
     parser.add_argument("--longest", type=float, default=600, help="what one call of both may take, or it is left out")
     parser.add_argument("--threads", type=int, default=1, help="number of threads")
-    parser.add_argument("--share", type=float, default=HALF, help="of the free memory, what a process may take")
+    parser.add_argument(
+        "--share", type=float, default=HALF, help="of the memory that is free at first, what a process may take"
+    )
     data = os.environ.get("VITEXPLAIN_TEST_DATA")
     parser.add_argument("--data", type=Path, default=data, help="test data; without it weights and images are random")
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
@@ -164,11 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.add:
         for kind in (TimeCell, MemoryCell):
             (options.output / kind.file).unlink(missing_ok=True)
-    facts = machine_facts(_MODULE, _without_paths(given), f"{options.threads} threads; {_versions()}")
+    allowed = int(options.share * available_memory())
+    settings = f"{options.threads} threads, {allowed / 2**30:.1f} GiB a process"
+    facts = machine_facts(_MODULE, _without_paths(given), f"{settings}; {_versions()}")
     processes = nullcontext() if options.what == "time" else Processes(LOADED)
-    with processes as alone, _settings(options.threads, options.share), ThreadPoolExecutor(1) as beside:
+    with processes as alone, _settings(options.threads, allowed), ThreadPoolExecutor(1) as beside:
         try:
-            on_their_way = [measure_place(*place, options, facts, beside, alone) for place in places]
+            on_their_way = [measure_place(*place, options, facts, allowed, beside, alone) for place in places]
             for memory in filter(None, on_their_way):
                 memory.result()
         except BaseException:
@@ -178,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def _settings(threads: int, share: float) -> Iterator[None]:
+def _settings(threads: int, allowed: int) -> Iterator[None]:
     """This process's threads, and so much memory that what needs more raises; both are set back.
 
     NumPy's threads are held, too: after a peer's decomposition they wait busily, and what runs next would pay for it.
@@ -187,7 +192,7 @@ def _settings(threads: int, share: float) -> Iterator[None]:
 
     before, limits = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_DATA)
     torch.set_num_threads(threads)
-    limit_memory(share)
+    limit_memory(allowed)
     held: AbstractContextManager[Any] = nullcontext()
     if find_spec("threadpoolctl"):  # comes with the peers that need it
         held = import_module("threadpoolctl").threadpool_limits(threads)

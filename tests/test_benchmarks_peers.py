@@ -529,9 +529,10 @@ def test_memory_of_both_sides() -> None:
 
     place = {**MADE_UP, "batch": 8}
     pairs, plans = {"gradcam": PAIRS["gradcam"]}, {"gradcam": Plan(10.0, 60.0, 7, 60.0)}
-    (cell,) = peer_memory.memory_cells(place, pairs, plans, Answering(), share=0.3)
+    (cell,) = peer_memory.memory_cells(place, pairs, plans, Answering(), allowed=2**30)
     assert (cell.ours_mebibytes, cell.peer_mebibytes, cell.peer_failure) == (7.0, None, "out of memory")
     assert cell.forward_mebibytes == cell.backward_mebibytes == 7.0
+    assert {task[-1] for task in asked} == {2**30}
     assert [task[:2] for task in asked] == [
         [measuring.FORWARD, "plain"],
         [measuring.FORWARD_BACKWARD, "plain"],
