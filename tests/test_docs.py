@@ -68,3 +68,10 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Path("explained.png").stat().st_size > 0
     assert Path("methods.png").stat().st_size > 0
     assert names["tokentm"].scores.shape == (4, 14, 14)
+
+
+def test_the_page_about_performance_has_the_summary_of_the_table_of_peers() -> None:
+    report = (ROOT / "benchmarks" / "results" / "peers.md").read_text(encoding="utf-8")
+    summary = next(part for part in report.split("\n\n") if part.startswith("| here | other |"))
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert summary in page, f"paste this into docs/performance.md:\n{summary}"
