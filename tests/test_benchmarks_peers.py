@@ -466,7 +466,7 @@ def test_the_report_begins_with_an_overview() -> None:
     overview = text[text.index("Memory of the other over memory here, vit_tiny") :].split("\n\n")[1]
     assert overview.splitlines()[0] == "| here | other | 224 px, 1 | 224 px, 8 | 224 px, 32 |"
     assert overview.splitlines()[2:] == ["| A | P | 2.50 | **1.00** |  |", "| B | Q |  |  | *room* |"]
-    assert "- The other ran out of memory, and the method here did not, in 1 rows." in text
+    assert "- The other ran out of memory, and the method here did not: 1 row." in text
 
 
 def test_the_report_sums_each_pair_up() -> None:
