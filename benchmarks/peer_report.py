@@ -89,7 +89,9 @@ def _sentences(cells: _Cells, better: str, worse: str) -> list[str]:
         if gain <= 1:
             lines.append(f"- {worse.capitalize()}: {each.ours} against {each.peer} ({each.where}): {gain:.2f}.")
     if lost := sum(_lost(each) for each in cells):
-        lines.append(f"- The other ran out of memory, and the method here did not: {lost} row{'s' if lost > 1 else ''}.")
+        lines.append(
+            f"- The other ran out of memory, and the method here did not: {lost} row{'s' if lost > 1 else ''}."
+        )
     sides = [each for cell in cells for each in ((cell.ours, cell.ours_failure), (cell.peer, cell.peer_failure))]
     failed = sorted({f"{name} ({failure})" for name, failure in sides if failure})
     return [*lines, *_left_out(cells), *(f"- Failed: {each}." for each in failed)]
