@@ -226,9 +226,9 @@ def _places(options: argparse.Namespace) -> list[tuple[str, int, int]]:
 
 
 def _versions() -> str:
-    """The packages that are compared with, as installed."""
+    """The packages that are compared with, and one that decides whether lxt imports, as installed."""
     found = []
-    for name in ("captum", "grad-cam", "torchcam", "quantus", "lxt"):
+    for name in ("captum", "grad-cam", "torchcam", "quantus", "lxt", "transformers"):
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

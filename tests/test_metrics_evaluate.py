@@ -199,6 +199,12 @@ def test_what_cannot_be_evaluated_is_refused(vit: nn.Module) -> None:
         evaluate("rollout", IMAGES, Area(), model=vit)
     with pytest.raises(InputError, match="found 2 labels for 7 images"):
         evaluate("rollout", IMAGES, Toy(), model=vit, labels=[0, 1])
+    boxes, square = [[]] * 7, torch.eye(32, 48)
+    for wrong in (255 * square.to(torch.uint8), 255 * square.long(), 0.9 * square):
+        with pytest.raises(InputError, match=r"masks > 0"):
+            evaluate("rollout", IMAGES, Area(), model=vit, masks=wrong.expand(7, 32, 48), boxes=boxes)
+    with pytest.raises(InputError, match="masks of 2 sizes"):
+        evaluate("rollout", IMAGES, Area(), model=vit, masks=[*[square] * 6, square[:9]], boxes=boxes)
     with pytest.raises(TargetError, match="2 entries for 7 images"):
         evaluate("rollout", IMAGES, Toy(), model=vit, target=[0, 1])
     with pytest.raises(OptionError, match="batch_size=0"):

@@ -204,7 +204,8 @@ MASKED = ("segmentation", "auprc", "pixel_average_precision", "energy_in_mask", 
 @pytest.mark.parametrize("name", MASKED)
 def test_masks_of_other_values_or_sizes_are_refused(name: str) -> None:
     scores, metric = torch.rand(1, 3, 4), create_metric(name)
-    with pytest.raises(InputError, match="255"):
-        metric.measure(MetricBatch(scores, masks=torch.full((1, *SIZE), 255)))
+    for dtype in (torch.int64, torch.uint8):
+        with pytest.raises(InputError, match="255"):
+            metric.measure(MetricBatch(scores, masks=torch.full((1, *SIZE), 255, dtype=dtype)))
     with pytest.raises(InputError, match="nearest"):
         metric.measure(MetricBatch(scores, masks=torch.ones(1, *SIZE), inputs=torch.zeros(1, 3, 12, 12)))

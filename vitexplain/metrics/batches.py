@@ -20,6 +20,7 @@ from ..models.adapter import ModelAdapter
 from ..models.graphs import opened
 from ..targets import Target, check_length, select_target
 from .metric import MetricBatch
+from .objects import checked_masks
 from .predictor import Predictor
 
 if TYPE_CHECKING:
@@ -67,14 +68,14 @@ class Annotations:
         """From lists, arrays or tensors.
 
         Raises:
-            InputError: not one an image.
+            InputError: not one an image, or masks of several sizes or other values than 1, 0 and -1.
         """
         for name, value in (("labels", labels), ("masks", masks), ("boxes", boxes)):
             if value is not None and len(value) != images:
                 raise InputError(f"found {len(value)} {name} for {images} images, expected one an image")
         return cls(
             None if labels is None else torch.as_tensor(labels).to(torch.int64),
-            None if masks is None else torch.stack([torch.as_tensor(each) for each in masks]).to(torch.int8),
+            None if masks is None else _stacked([torch.as_tensor(each) for each in masks]),
             None if boxes is None else [torch.as_tensor(each).double() for each in boxes],
         )
 
@@ -117,7 +118,8 @@ def metric_batches(
         compiled: whether that forward is compiled; see `Predictor`.
 
     Raises:
-        InputError: annotations of another number than images, or a label that is no class of the model.
+        InputError: annotations of another number than images, a label that is no class of the model, or masks of other
+            values or several sizes.
         TargetError: a contrast, a function, or several classes an image.
         OptionError: a batch size below 1.
     """
@@ -179,6 +181,16 @@ def one_class(target: Target, images: int) -> Target:
         check_length(target, images)
         return target
     raise TargetError("metrics measure one map an image; expected None (the predicted class), a class, or one an image")
+
+
+def _stacked(masks: list[Tensor]) -> Tensor:
+    sizes = sorted({tuple(each.shape) for each in masks})
+    if len(sizes) > 1:
+        raise InputError(
+            f"found masks of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}, expected all of the model's input: "
+            "resize masks as the images were, to the nearest pixel"
+        )
+    return checked_masks(torch.stack(masks))
 
 
 def _check_labels(labels: Tensor | None, classes: int) -> None:

@@ -14,23 +14,33 @@ from .metric import MetricBatch
 
 
 def object_masks(batch: MetricBatch) -> Tensor:
-    """The masks of a batch: (B, H, W) on the scores' device; 1 object, 0 background, -1 left out.
+    """The masks of a batch: int8 (B, H, W) on the scores' device; 1 object, 0 background, -1 left out.
 
     Raises:
         InputError: other values, or another size than the input's.
     """
-    masks = cast("Tensor", batch.masks).to(batch.scores.device)
-    if masks.ndim != 3 or not bool(((masks == 1) | (masks == 0) | (masks == -1)).all()):
-        raise InputError(
-            f"found masks of shape {tuple(masks.shape)} with values from {masks.amin()} to {masks.amax()}, expected "
-            "(B, H, W) of 1 (object), 0 (background) and -1 (left out)"
-        )
+    masks = checked_masks(cast("Tensor", batch.masks)).to(batch.scores.device)
     if batch.inputs is not None and batch.inputs.shape[-2:] != masks.shape[-2:]:
         raise InputError(
             f"found masks of {tuple(masks.shape[-2:])} and an input of {tuple(batch.inputs.shape[-2:])} pixels, "
             "expected the same: resize masks as the images were, to the nearest pixel"
         )
     return masks
+
+
+def checked_masks(masks: Tensor) -> Tensor:
+    """Masks of any type as int8, (B, H, W) of 1, 0 and -1.
+
+    Raises:
+        InputError: other values, such as 255 for the object, or another shape.
+    """
+    signed = masks.to(torch.int16) if masks.dtype == torch.uint8 else masks  # or 255 would equal -1
+    if masks.ndim != 3 or not bool(((signed == 1) | (signed == 0) | (signed == -1)).all()):
+        raise InputError(
+            f"found masks of shape {tuple(masks.shape)} with values from {masks.amin()} to {masks.amax()}, expected "
+            "(B, H, W) of 1 (object), 0 (background) and -1 (left out); masks of 0 and 255 are masks > 0"
+        )
+    return masks.to(torch.int8)
 
 
 def box_masks(batch: MetricBatch) -> Tensor:
