@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Entry(str(each), str(each)) for each in repeat_images(options.data, Path(scratch), 16 * options.shards)
         ]
         tasks = [
-            ShardTask(index, 16 * index, entries[16 * index : 16 * (index + 1)]) for index in range(options.shards)
+            ShardTask.whole(index, 16 * index, entries[16 * index : 16 * (index + 1)]) for index in range(options.shards)
         ]
         local = {each.index: each for each in pipeline.run(tasks)}
         largest = 0.0

@@ -45,6 +45,14 @@ def test_a_folder_is_exported_and_goes_on(tmp_path: Path) -> None:
     assert re.match(r"error: the folder .* holds another export: settings\.seed is 0 there, and 1 now", refused.stderr)
 
 
+def test_one_file_of_another_kind_is_refused_before_the_work(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    result = run(tmp_path / "a.png", "--output", tmp_path / "out", "--also", tmp_path / "all.csv")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: found suffix '.csv'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_images_are_listed_and_counted_by_the_exit_code(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.jpg").write_bytes(b"")

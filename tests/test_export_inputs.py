@@ -85,6 +85,28 @@ def test_files_folders_and_patterns(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert [(each.path, each.location) for each in entries("001.png")] == [("001.png", found[1])]
 
 
+def test_the_query_of_a_web_address_is_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Web:
+        """All addresses without a query, and one with it."""
+
+        def exists(self, path: str) -> bool:
+            return "?" not in path or path.endswith("a.jpg?width=1")
+
+        def isdir(self, path: str) -> bool:
+            return False
+
+        def unstrip_protocol(self, path: str) -> str:
+            return path
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Web(), url))
+    monkeypatch.setattr("vitexplain.export.tables.read_bytes", lambda file: f"path\n{file.split('?')[1]}.png".encode())
+    assert locations("https://example.org/a.jpg?width=1") == ["https://example.org/a.jpg?width=1"]
+    with pytest.raises(InputError, match="no images at"):
+        locations("https://example.org/b.jpg?width=1")
+    monkeypatch.setattr(Web, "exists", lambda *_: True)
+    assert locations("https://example.org/list.csv?x=1") == ["https://example.org/x=1.png"]
+
+
 def test_lists_name_images_relative_to_themselves_or_a_root(folder: Path, tmp_path: Path) -> None:
     listing = tmp_path / "list.txt"
     listing.write_text(f"in/001.png\n\n{folder / '000.png'}\n  in/gone.png\n", encoding="utf-8-sig")
@@ -107,6 +129,8 @@ def test_tables_name_classes(folder: Path, tmp_path: Path) -> None:
     assert [bool(each.error) for each in found] == [False] * 4 + [True] * 2
     assert "row 5" in str(found[4].error)
     assert "path is empty" in str(found[5].error)
+    unnamed = entries(folder / "t.csv", path="file", target=None)
+    assert [(each.target, bool(each.error)) for each in unnamed] == [*[(None, False)] * 3, (None, True)]
     pq.write_table(pa.table({"path": names[:4], "target": ["fish", None, "2", "bird"]}), folder / "t.parquet")
     assert [each.identity for each in entries(folder / "t.parquet")] == [each.identity for each in found[:4]]
     pq.write_table(pa.table({"path": names[:3], "target": [3.0, float("nan"), 2.0]}), folder / "u.parquet")

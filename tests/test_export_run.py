@@ -31,7 +31,7 @@ from vitexplain import (
     explain_with,
     open_export,
 )
-from vitexplain.export import ahead, folder, pipeline
+from vitexplain.export import ahead, folder, pipeline, run
 from vitexplain.locking import locked
 from vitexplain.preprocessing import Preprocessing
 
@@ -175,6 +175,12 @@ def test_a_table_may_name_classes_for_some(images: list[Path], tmp_path: Path, e
         np.testing.assert_allclose(result.scores(number, "tokentm"), explanation.scores[0], atol=1e-6)
     ((path, reason),) = result.failures
     assert (path, "unicorn" in reason, "row 5" in reason) == (str(images[3]), True, True)
+    for targets in ([1], [1, 2]):  # instead of those of the table, also of one that names no class
+        other = export(table, tmp_path / str(len(targets)), methods=["tokentm"], targets=targets)
+        assert [(entry.path, entry.target) for entry in other.entries] == [(str(each), None) for each in images[:4]]
+        assert other.table(["class"])["class"].to_pylist() == targets * 4
+        expected = explain_with([create_method("tokentm")], model.subject, str(images[0]), 1)[0].scores[0]
+        np.testing.assert_allclose(other.scores(0, "tokentm").reshape(-1, 4, 6)[0], expected, atol=1e-6)
 
 
 def test_methods_twice_and_with_options(images: list[Path], tmp_path: Path) -> None:
@@ -243,7 +249,8 @@ for left in map(int, sys.argv[3:]):
 
 
 def readable(folder: Path) -> dict[str, str]:
-    """All that an export holds but last digits, and what follows from them: other processes may round otherwise."""
+    """All that an export holds but last digits, and what follows from them: other processes or batches may round
+    otherwise."""
     rounded = {key: re.sub(r"[0-9a-f]{64}", "…", str(value)) for key, value in contents(folder).items()}
     digits = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
     return {key: digits.sub(lambda each: f"{float(each[0]):.3g}", value) for key, value in rounded.items()}
@@ -268,7 +275,7 @@ def test_killed_again_and_again_it_comes_to_the_same(unbroken: Path, images: lis
     assert [run["finished"] is None for run in open_export(tmp_path).manifest["runs"]] == [True, True, True, False]
 
 
-@pytest.mark.parametrize("fault", ["rows", "cut rows", "scores", "no scores", "view"])
+@pytest.mark.parametrize("fault", ["rows", "cut rows", "scores", "no scores", "view", "cut view"])
 def test_a_shard_that_was_damaged_is_done_again(
     fault: str, unbroken: Path, images: list[Path], tmp_path: Path, explained: list[int]
 ) -> None:
@@ -286,7 +293,8 @@ def test_a_shard_that_was_damaged_is_done_again(
     elif fault == "no scores":
         scores.unlink()
     else:
-        next((tmp_path / "views" / "000001").iterdir()).unlink()
+        view = next((tmp_path / "views" / "000001").iterdir())
+        view.unlink() if fault == "view" else view.write_bytes(view.read_bytes()[:-20])
     export(images, tmp_path, view="overlay")
     assert explained == [3, 1]
     assert contents(tmp_path) == contents(unbroken)
@@ -412,14 +420,40 @@ def test_results_among_the_images_are_no_images(tmp_path: Path, explained: list[
     for _ in range(2):
         assert len(export(tmp_path, tmp_path / "out", view="overlay")) == 3
     assert explained == [3]
-    with pytest.raises(InputError, match="all images lie in the output folder"):
-        export(tmp_path, tmp_path)
+    with pytest.raises(InputError, match="all images are views in the output folder"):
+        export(tmp_path / "out" / "views", tmp_path / "out")
 
 
-def test_a_folder_with_something_else_is_refused(images: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "rows").mkdir()
-    with pytest.raises(ExportError, match="no export that can be continued"):
+def test_images_in_the_output_folder_are_images(tmp_path: Path) -> None:
+    pictures(tmp_path, 3)
+    for _ in range(2):
+        assert len(export(tmp_path, tmp_path, view="overlay")) == 3
+
+
+@pytest.mark.parametrize("name", ["rows", "views", "scores.zarr", "inputs.parquet"])
+def test_a_folder_with_something_else_is_refused(name: str, images: list[Path], tmp_path: Path) -> None:
+    theirs = tmp_path / name
+    theirs.mkdir()
+    (theirs / "file").write_text("theirs")
+    with pytest.raises(ExportError, match=rf"holds {name} but .* no export that can be continued"):
         export(images, tmp_path)
+    assert (theirs / "file").read_text() == "theirs"
+
+
+def test_a_start_that_was_cut_short_is_begun_again(
+    unbroken: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "circumstances", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(images, tmp_path, view="overlay")
+    assert not (tmp_path / "manifest.json").exists()
+    export(images, tmp_path, view="overlay")
+    assert contents(tmp_path) == contents(unbroken)
+    assert not (tmp_path / ".unfinished-start").exists()
 
 
 # ------------------------------------------------------------------------------------------ images that fail
@@ -460,8 +494,26 @@ def test_failed_images_are_tried_again_only_when_asked(
     assert len(export(table, tmp_path / "out").failures) == 1
     assert explained == []
     result = export(table, tmp_path / "out", retry_failed=True)
-    assert (explained, result.failures) == ([2], [])
+    assert (explained, result.failures) == ([1], [])
     assert result.scores(5, "rollout").shape == (4, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_committed_stays_when_others_are_tried_again(dtype: str, images: list[Path], tmp_path: Path) -> None:
+    listed = [picture(tmp_path / f"{number}.png", number) for number in range(6)]
+    table, settings = tmp_path / "list.txt", {"dtype": dtype, "view": "overlay"}
+    table.write_text("\n".join(map(str, listed)))
+    export(table, tmp_path / "whole", **settings)
+    listed[4].rename(tmp_path / "away")
+    assert [path for path, _ in export(table, tmp_path / "out", **settings).failures] == [str(listed[4])]
+    for each in (*listed[:4], listed[5]):
+        each.unlink()
+    assert [path for path, _ in export(table, tmp_path / "out", retry_failed=True, **settings).failures] == [
+        str(listed[4])
+    ]
+    (tmp_path / "away").rename(listed[4])
+    assert export(table, tmp_path / "out", retry_failed=True, **settings).failures == []
+    assert readable(tmp_path / "out") == readable(tmp_path / "whole")
 
 
 def test_what_a_decoder_throws_is_a_reason(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,17 +123,18 @@ def save_arrays(arrays: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
 
 
 def save_json(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """A record as indented UTF-8 JSON; NaN and infinity, which JSON lacks, become null.
+    """A record as indented UTF-8 JSON, on the disk when this returns; NaN and infinity, which JSON lacks, become null.
 
     Raises:
         ExportError: the record holds something else than plain types, or the file cannot be written.
     """
-    return write_whole(
-        path,
-        lambda file: file.write(
-            (json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        ),
-    )
+
+    def write(file: BinaryIO) -> None:
+        text = json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+        file.write(f"{text}\n".encode())
+        _to_disk(file)
+
+    return write_whole(path, write)
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
@@ -175,7 +176,11 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
     def write(file: BinaryIO) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
 
     write_whole(path, write)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -66,7 +66,7 @@ def export_command(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of methods that draw lots.")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try images again that failed in an earlier run.")
+        bool, typer.Option("--retry-failed", help="Try images again that failed in an earlier run; the others stay.")
     ] = False,
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Read in processes: a picture that ends its decoder is a failed image.")
@@ -89,8 +89,11 @@ def export_command(
     from ..cli_values import configure_methods, read_preprocessing
     from ..models.loading import load_model
     from .run import export_heatmaps
+    from .single_file import check_kind
     from .tables import TableColumns
 
+    if also is not None:
+        check_kind(also)
     loaded = load_model(
         model,
         checkpoint=checkpoint,

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-_DIGEST = b"scores_sha256"
+VIEWS = "views"
+"""The folder of the pictures, in that of an export."""
+
+_SCORES, _PICTURES = b"scores_sha256", b"views_sha256"
 
 
 class ExportFolder:
@@ -40,8 +43,8 @@ class ExportFolder:
         rows/000000.parquet      one row for each image, method and target of a shard
         views/000000/…           pictures of a shard
 
-    A shard is committed by its file of rows, which comes last and holds the digest of its scores. Without that file, or
-    where the digest does not fit, the shard counts as not there, and is written anew over what is left of it.
+    A shard is committed by its file of rows, which comes last and holds the digests of its scores and pictures. Without
+    that file, or where a digest does not fit, the shard counts as not there, and is written anew over what is left.
 
     Args:
         path: the folder.
@@ -67,24 +70,39 @@ class ExportFolder:
         """The Zarr group with one array a method."""
         return self.path / "scores.zarr"
 
+    @property
+    def unfinished_start(self) -> Path:
+        """A mark that is there until the first manifest is: what lies beside it was begun here."""
+        return self.path / ".unfinished-start"
+
     def rows(self, shard: int) -> Path:
         """The rows of a shard; it is committed where this file is."""
         return self.path / "rows" / f"{shard:06d}.parquet"
+
+    def claim(self) -> None:
+        """Makes sure that a fresh export writes over nobody's files, and marks the folder as begun.
+
+        Raises:
+            ExportError: it holds something under a name that an export needs.
+        """
+        needed = (self.inputs, self.scores, self.path / "rows", self.path / VIEWS)
+        there = [each.name for each in needed if each.exists()]
+        if there and not self.unfinished_start.exists():
+            raise ExportError(
+                f"the folder {str(self.path)!r} holds {' and '.join(there)} but no manifest.json, so it is no export "
+                "that can be continued, and nothing there is written over; choose another folder"
+            )
+        write_whole(self.unfinished_start, lambda file: None)
 
     def create_arrays(self, images: int, shapes: Mapping[str, MapShape]) -> None:
         """Makes the empty arrays of a fresh export.
 
         Raises:
-            ExportError: they cannot be made, or the folder holds results of something else.
+            ExportError: they cannot be made.
         """
         import zarr
         from zarr.codecs import ZstdCodec
 
-        if (self.path / "rows").exists() or (self.path / "views").exists():
-            raise ExportError(
-                f"the folder {str(self.path)!r} holds rows or views but no manifest.json, so it is no export that can "
-                "be continued; choose another folder"
-            )
         size, targets = self.settings.shard_size, self.settings.num_targets
         codec = ZstdCodec(level=3, checksum=True)
         try:
@@ -104,42 +122,52 @@ class ExportFolder:
         except OSError as error:
             raise _unwritable(self.scores, error) from error
 
-    def is_committed(self, task: ShardTask) -> bool:
-        """Whether a shard is there as it was committed; with `retry_failed`, also without failures."""
+    def missing(self, task: ShardTask) -> Sequence[int]:
+        """Places of the images that are to be computed: all of a shard that is not there as it was committed.
+
+        With `retry_failed`, those that failed, of one that is.
+        """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(self.rows(task.index), page_checksum_verification=True)
-            stored = self._stored(task)
+            table, stored = self._table(task), self._stored(task)
+            known = {name: (table.schema.metadata or {}).get(name) for name in (_SCORES, _PICTURES)}
+            intact = known[_SCORES] == _digest(stored).encode() and known[_PICTURES] == self._pictures(table).encode()
         except (OSError, ValueError, KeyError, RuntimeError, pa.ArrowException):  # RuntimeError: a chunk's checksum
-            return False
-        if (table.schema.metadata or {}).get(_DIGEST) != _digest(stored).encode():
-            return False
-        if self.settings.retry_failed and table["error"].null_count < len(table):
-            return False
-        return all((self.path / view).is_file() for view in table["view"].to_pylist() if view is not None)
+            intact = False
+        if not intact:
+            return range(len(task.entries))
+        if not self.settings.retry_failed:
+            return ()
+        failed = table.filter(table["error"].is_valid())
+        return sorted({image - task.start for image in failed["image"].to_pylist()})
 
     def commit(self, task: ShardTask, result: ShardResult) -> None:
         """Writes the pictures and scores of a shard, and then the rows that make it count.
 
+        Of a task that is not a whole shard, what is committed of the other images stays.
+
         Raises:
             ExportError: something cannot be written; the shard then counts as not there.
         """
+        kept = None if task.is_whole else (self._table(task), self._stored(task))
         self.rows(task.index).unlink(missing_ok=True)
         views = self._write_views(task, result)
         stored, scales = {}, {}
         for label, scores in result.scores.items():
             stored[label], scales[label] = quantised(scores, self.settings.dtype)
+        table = rows_table(result, task.entries, task.start, self.labels, scales, views)
+        if kept is not None:
+            table, stored = _merged(*kept, table, stored, task)
         try:
             group = self._group()
             for label, values in stored.items():
                 group[label][task.start : task.start + len(values)] = values
                 _to_disk(self.scores / label / "c" / str(task.index) / "0" / "0" / "0")
+            digests = {_SCORES: _digest(stored), _PICTURES: self._pictures(table)}
         except OSError as error:
             raise _unwritable(self.scores, error) from error
-        table = rows_table(result, task.entries, task.start, self.labels, scales, views)
-        write_parquet(table.replace_schema_metadata({_DIGEST: _digest(stored)}), self.rows(task.index))
+        write_parquet(table.replace_schema_metadata(digests), self.rows(task.index))
 
     def tidy(self) -> None:
         """Removes what killed processes left half written. Only for the one process that holds the folder."""
@@ -160,8 +188,9 @@ class ExportFolder:
 
     def _write_views(self, task: ShardTask, result: ShardResult) -> dict[tuple[int, str, int], str]:
         """Writes the pictures; returns where, relative to the folder."""
-        folder = f"views/{task.index:06d}"
-        shutil.rmtree(self.path / folder, ignore_errors=True)  # of a run that was killed
+        folder = f"{VIEWS}/{task.index:06d}"
+        if task.is_whole:
+            shutil.rmtree(self.path / folder, ignore_errors=True)  # of a run that was killed
         methods = {label: number for number, label in enumerate(result.scores)}
         places = {}
         for (position, label, target), content in sorted(result.views.items()):
@@ -171,6 +200,19 @@ class ExportFolder:
             write_whole(self.path / folder / name, partial(_write, content))
             places[position, label, target] = f"{folder}/{name}"
         return places
+
+    def _table(self, task: ShardTask) -> pa.Table:
+        """The committed rows of a shard."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.rows(task.index), page_checksum_verification=True)
+
+    def _pictures(self, table: pa.Table) -> str:
+        """The digest of the pictures that rows name."""
+        sha = hashlib.sha256()
+        for view in table["view"].drop_null().to_pylist():
+            sha.update((self.path / view).read_bytes())
+        return sha.hexdigest()
 
     def _stored(self, task: ShardTask) -> dict[str, npt.NDArray[Any]]:
         rows = slice(task.start, task.start + len(task.entries))
@@ -204,6 +246,24 @@ def quantised(
     _, exponents = np.frexp(largest)
     scales = np.ldexp(np.float32(1), np.where(largest > 0, exponents, 0)).astype(np.float32)
     return (scores / scales[:, :, None, None]).astype(np.float16), scales
+
+
+def _merged(
+    table: pa.Table,
+    stored: Mapping[str, npt.NDArray[Any]],
+    new_table: pa.Table,
+    new_stored: Mapping[str, npt.NDArray[Any]],
+    task: ShardTask,
+) -> tuple[pa.Table, dict[str, npt.NDArray[Any]]]:
+    """Rows and scores of a shard, new where the task computed them."""
+    import pyarrow as pa
+
+    new = np.zeros(len(task.entries), bool)
+    new[list(task.positions)] = True
+    both = pa.concat_tables([table.replace_schema_metadata(None), new_table])
+    rows = np.arange(len(table)) + len(table) * np.repeat(new, len(table) // len(new))
+    scores = {label: np.where(new[:, None, None, None], values, stored[label]) for label, values in new_stored.items()}
+    return both.take(rows), scores
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import PurePosixPath
 
 from ..errors import InputError
 from ..images import IMAGE_SUFFIXES, find_images
 from .entries import Entry
-from .storage import find_remote, is_url
+from .storage import find_remote, is_url, name_of
 from .tables import TABLE_SUFFIXES, TableColumns, entries_of_table
 from .tar_shards import TAR_SUFFIXES, entries_of_tar
 
@@ -61,7 +60,7 @@ def _files(text: str) -> list[str]:
 
 
 def _entries(file: str, columns: TableColumns, class_index: Callable[[str], int]) -> Iterator[Entry]:
-    suffix = PurePosixPath(file).suffix.lower()
+    suffix = name_of(file).suffix.lower()
     if suffix in TABLE_SUFFIXES:
         yield from entries_of_table(file, columns, class_index)
     elif suffix in TAR_SUFFIXES:
@@ -71,9 +70,9 @@ def _entries(file: str, columns: TableColumns, class_index: Callable[[str], int]
 
 
 def _is_image(path: str) -> bool:
-    name = PurePosixPath(path)
+    name = name_of(path)
     return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
 
 
 def _is_container(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower() in TABLE_SUFFIXES | TAR_SUFFIXES
+    return name_of(path).suffix.lower() in TABLE_SUFFIXES | TAR_SUFFIXES

@@ -34,16 +34,28 @@ class ShardTask:
         index: number of the shard.
         start: number of its first image in the export.
         entries: the images.
+        positions: places in the shard of those that are computed; the others keep what is committed of them.
     """
 
     index: int
     start: int
     entries: Sequence[Entry]
+    positions: Sequence[int]
+
+    @classmethod
+    def whole(cls, index: int, start: int, entries: Sequence[Entry]) -> ShardTask:
+        """All images are computed."""
+        return cls(index, start, entries, range(len(entries)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the shard is kept."""
+        return len(self.positions) == len(self.entries)
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Consecutive images of a shard.
+    """Images of a shard that are computed together.
 
     Attributes:
         task: the shard.
@@ -52,7 +64,7 @@ class _Batch:
     """
 
     task: ShardTask
-    rows: range
+    rows: Sequence[int]
     last: bool
 
 
@@ -143,10 +155,10 @@ class Pipeline:
     def _batches(self, tasks: Sequence[ShardTask]) -> Iterator[_Batch]:
         """Batches never reach over a shard's end, so that a shard is computed alike whenever it is computed."""
         for task in tasks:
-            count = len(task.entries)
+            count = len(task.positions)
             for start in range(0, count, self.settings.batch_size):
                 end = min(start + self.settings.batch_size, count)
-                yield _Batch(task, range(start, end), end == count)
+                yield _Batch(task, task.positions[start:end], end == count)
 
     def _load(self, reader: Reader, batch: _Batch) -> _Loaded:
         """Reads a batch; runs in a worker."""

@@ -42,7 +42,7 @@ def run_on_ray(
     require("ray")
     if not tasks:
         return
-    counts = {task.index: len(task.entries) for task in tasks}
+    counts = {task.index: len(task.positions) for task in tasks}
     with _cluster(pipeline.settings.ray_address):
         for row in _explained(pipeline, tasks):
             result = ShardResult.unpack(row[_PAYLOAD])
@@ -159,8 +159,9 @@ def _threads_each(workers: int) -> int:
 
 
 def _plain(task: ShardTask) -> dict[str, Any]:
-    return {"index": task.index, "start": task.start, "entries": [asdict(entry) for entry in task.entries]}
+    entries, positions = [asdict(entry) for entry in task.entries], list(task.positions)
+    return {"index": task.index, "start": task.start, "entries": entries, "positions": positions}
 
 
 def _task(plain: dict[str, Any]) -> ShardTask:
-    return ShardTask(plain["index"], plain["start"], [Entry(**entry) for entry in plain["entries"]])
+    return ShardTask(**{**plain, "entries": [Entry(**entry) for entry in plain["entries"]]})

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from .ahead import BoundedWork
 from .entries import Entry
 from .entry_table import read_entries, table_of_entries
 from .extra import require
-from .folder import ExportFolder
+from .folder import VIEWS, ExportFolder
 from .inputs import Place, list_entries
 from .manifest import LAYOUT, check_entries, check_same, circumstances, describe, now, read_manifest
 from .pipeline import Pipeline, ShardTask
@@ -74,13 +75,16 @@ def export_heatmaps(
     chosen = labelled([create_method(each) if isinstance(each, str) else each for each in methods])
     indices = tuple(dict.fromkeys(loaded.class_index(str(each)) for each in targets))
     asked = ExportSettings(targets=indices, **settings)
-    entries = _outside(list_entries(inputs, columns or TableColumns(), loaded.class_index), output)
+    named = columns or TableColumns()
+    if indices:  # in every image, whatever its table says
+        named = replace(named, target=None)
+    entries = _no_views(list_entries(inputs, named, loaded.class_index), output)
     pipeline = Pipeline(loaded, chosen, asked)
     folder = ExportFolder(Path(output), asked, loaded.labels)
     with locked(folder.path):
         manifest = _begin(folder, pipeline, entries)
         tasks = _tasks(entries, asked.shard_size)
-        missing = [task for task in tasks if not folder.is_committed(task)]
+        missing = [replace(task, positions=left) for task in tasks if (left := folder.missing(task))]
         _compute(pipeline, folder, missing, len(entries), on_failure)
         failures = folder.failures(range(len(tasks)))
         manifest["images"]["failed"] = len(failures)
@@ -91,12 +95,12 @@ def export_heatmaps(
     return result
 
 
-def _outside(entries: Sequence[Entry], output: str | os.PathLike[str]) -> list[Entry]:
-    """The images that are no results of an earlier run, where results lie in a folder that is searched for images."""
-    results = os.path.join(os.path.abspath(output), "")
-    kept = [entry for entry in entries if not entry.location.startswith(results)]
+def _no_views(entries: Sequence[Entry], output: str | os.PathLike[str]) -> list[Entry]:
+    """The images that are no views of an earlier run, where those lie in a folder that is searched for images."""
+    views = os.path.join(os.path.abspath(output), VIEWS, "")
+    kept = [entry for entry in entries if not entry.location.startswith(views)]
     if not kept:
-        raise InputError(f"all images lie in the output folder {os.fspath(output)!r}; choose another one for results")
+        raise InputError(f"all images are views in the output folder {os.fspath(output)!r}; give others")
     return kept
 
 
@@ -109,17 +113,19 @@ def _begin(folder: ExportFolder, pipeline: Pipeline, entries: Sequence[Entry]) -
         check_same({name: manifest.get(name) for name in described}, described, folder.path)
         check_entries(read_entries(folder.inputs), entries, folder.path)
     else:
+        folder.claim()
         folder.create_arrays(len(entries), pipeline.shapes)
         write_parquet(table_of_entries(entries), folder.inputs)
         manifest = {"layout": LAYOUT, **described, "images": {"given": len(entries), "failed": None}, "runs": []}
     manifest["runs"].append(circumstances(pipeline.settings, str(pipeline.model.device)))
     save_json(manifest, folder.manifest)
+    folder.unfinished_start.unlink(missing_ok=True)
     return manifest
 
 
 def _tasks(entries: Sequence[Entry], shard_size: int) -> list[ShardTask]:
     starts = range(0, len(entries), shard_size)
-    return [ShardTask(index, start, entries[start : start + shard_size]) for index, start in enumerate(starts)]
+    return [ShardTask.whole(index, start, entries[start : start + shard_size]) for index, start in enumerate(starts)]
 
 
 def _compute(
@@ -131,7 +137,7 @@ def _compute(
 ) -> None:
     """Computes shards and commits each in the background, while the next ones are computed."""
     by_index: Mapping[int, ShardTask] = {task.index: task for task in missing}
-    kept = total - sum(len(task.entries) for task in missing)
+    kept = total - sum(len(task.positions) for task in missing)
     with (
         tqdm(total=total, initial=kept, unit="image", disable=None) as progress,
         ThreadPoolExecutor(1, "commit") as committer,

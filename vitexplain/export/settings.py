@@ -42,7 +42,7 @@ class ExportSettings:
         engine: ``"local"`` or ``"ray"``.
         ray_address: a cluster to join; None for one of this machine.
         ray_workers: processes of the Ray engine; None for one a GPU where the model is on one, else one for two cores.
-        retry_failed: compute shards anew in which an image failed.
+        retry_failed: try images again that failed; the others of their shards stay as they are.
         isolate: read pictures in processes instead of threads, so that one that ends its decoder is a failed image. A
             script then has to begin its work below ``if __name__ == "__main__":``.
 

@@ -34,15 +34,25 @@ def save_export(export: HeatmapExport, path: Path) -> Path:
         InputError: another suffix, or the export is not finished.
         ExportError: the file cannot be written.
     """
+    check_kind(path)
+    if not export.complete:
+        raise InputError(f"the export in {str(export.folder)!r} is not finished: run it again to go on, then save it")
+    write = _write_hdf5 if path.suffix.lower() in _HDF5_SUFFIXES else _write_npz
+    return write_whole(path, lambda file: write(export, file))
+
+
+def check_kind(path: Path) -> None:
+    """Makes sure that a file of this suffix can be written here, before there is anything to write.
+
+    Raises:
+        InputError: another suffix.
+        VitExplainError: the package for HDF5 is not installed.
+    """
     suffix = path.suffix.lower()
     if suffix not in (".npz", *_HDF5_SUFFIXES):
         raise InputError(f"found suffix {path.suffix!r} in {str(path)!r}, expected .npz, .h5 or .hdf5")
-    if not export.complete:
-        raise InputError(f"the export in {str(export.folder)!r} is not finished: run it again to go on, then save it")
-    if suffix == ".npz":
-        return write_whole(path, lambda file: _write_npz(export, file))
-    require("h5py")
-    return write_whole(path, lambda file: _write_hdf5(export, file))
+    if suffix in _HDF5_SUFFIXES:
+        require("h5py")
 
 
 def _write_npz(export: HeatmapExport, file: BinaryIO) -> None:

@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import PurePosixPath
 from typing import IO, cast
 
 from ..errors import InputError
@@ -14,6 +15,12 @@ from ..errors import InputError
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether fsspec has to open it, rather than the operating system."""
     return "://" in os.fspath(location)
+
+
+def name_of(location: str) -> PurePosixPath:
+    """The part of a path or URL that says what the file is called: of a web address, what comes before its query."""
+    web = location.startswith(("http://", "https://"))
+    return PurePosixPath(location.partition("?")[0] if web else location)
 
 
 def opened(location: str) -> AbstractContextManager[IO[bytes]]:
@@ -62,7 +69,7 @@ def find_remote(url: str, in_folders: Callable[[str], bool], by_pattern: Callabl
         from fsspec.core import url_to_fs
 
         file_system, path = url_to_fs(url)
-        if glob.has_magic(path):
+        if glob.has_magic(str(name_of(path))):
             found = [each for each in sorted(file_system.glob(path)) if by_pattern(each)]
         elif file_system.isdir(path):
             found = [each for each in sorted(file_system.find(path)) if in_folders(each)]

@@ -8,12 +8,11 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import InputError, VitExplainError
 from .entries import Entry
-from .storage import is_url, read_bytes
+from .storage import is_url, name_of, read_bytes
 
 TABLE_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
 """Suffixes of files that name images (lower case)."""
@@ -26,12 +25,12 @@ class TableColumns:
     Attributes:
         path: the column with paths or URLs.
         target: the column with the class explained, index or name; where it is missing or a cell is empty, the
-            predicted class is.
+            predicted class is. None: no column is, so that no table names a class.
         root: folder or URL that relative paths start from; None for the one that holds the table.
     """
 
     path: str = "path"
-    target: str = "target"
+    target: str | None = "target"
     root: str | None = None
 
 
@@ -54,7 +53,8 @@ def entries_of_table(file: str, columns: TableColumns, class_index: Callable[[st
         if path is None or not str(path).strip():
             yield Entry(f"{file}, row {number}", file, number, 0, error=f"{file!r}, row {number}: the path is empty")
             continue
-        location, target = _joined(root, str(path)), row.get(columns.target)
+        location = _joined(root, str(path))
+        target = None if columns.target is None else row.get(columns.target)
         if target is None or not str(target).strip() or target != target:  # Parquet writers use NaN for an empty cell
             yield Entry(str(path), location)
             continue
@@ -65,7 +65,7 @@ def entries_of_table(file: str, columns: TableColumns, class_index: Callable[[st
 
 
 def _rows(file: str, columns: TableColumns) -> Iterator[Mapping[str, Any]]:
-    suffix = PurePosixPath(file).suffix.lower()
+    suffix = name_of(file).suffix.lower()
     try:
         content = read_bytes(file)
         if suffix == ".parquet":
