@@ -83,9 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         entries = [
             Entry(str(each), str(each)) for each in repeat_images(options.data, Path(scratch), 16 * options.shards)
         ]
-        tasks = [
-            ShardTask.whole(index, 16 * index, entries[16 * index : 16 * (index + 1)]) for index in range(options.shards)
-        ]
+        starts = range(0, len(entries), 16)
+        tasks = [ShardTask.whole(index, start, entries[start : start + 16]) for index, start in enumerate(starts)]
         local = {each.index: each for each in pipeline.run(tasks)}
         largest = 0.0
         for number in range(options.rounds):

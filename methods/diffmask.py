@@ -15,7 +15,14 @@ from vitexplain.diffmask.gates import log_kept
 from vitexplain.diffmask.hard_concrete import log_survival
 from vitexplain.diffmask.masking import STATE_NEEDS, MaskedModel, PatchStates, hard_mask
 from vitexplain.diffmask.refinement import refined
-from vitexplain.errors import CheckpointError, InputError, NotTrainedError, TargetError, UnsupportedModelError
+from vitexplain.errors import (
+    CheckpointError,
+    InputError,
+    NotTrainedError,
+    OptionError,
+    TargetError,
+    UnsupportedModelError,
+)
 from vitexplain.method import Method
 from vitexplain.models import adapt
 from vitexplain.models.shipped import shipped_checkpoint
@@ -25,10 +32,11 @@ from vitexplain.registry import register_method
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from vitexplain.explanation import Explanation
     from vitexplain.models.adapter import ModelAdapter
+    from vitexplain.training.diffmask_settings import DiffMaskSettings
 
 
 @register_method(
@@ -107,7 +115,7 @@ class DiffMask(Method):
 
         Args:
             model: the model that was explained, or its adapter.
-            explanation: what this method, with the same options, made of it; one target an image.
+            explanation: what this method, with the same checkpoint, made of it, in either scale; one target an image.
 
         Raises:
             TargetError: several targets an image.
@@ -120,7 +128,8 @@ class DiffMask(Method):
         if explanation.scores.ndim != 3:
             raise TargetError(f"found {explanation.scores.shape[1]} targets an image, expected one: explain one class")
         scores = explanation.scores.to(images.device).flatten(1)
-        mask = hard_mask(scores if self.scale == "log_probability" else scores.log())
+        scale = explanation.options.get("scale", self.scale)
+        mask = hard_mask(scores if scale == "log_probability" else scores.log())
         trained = self._trained(adapt(model), images.device, torch.promote_types(images.dtype, torch.float32))
         replacement = trained.gates.replacement
         logits, classes = explanation.logits, explanation.targets
@@ -143,13 +152,31 @@ class DiffMask(Method):
             model: the model's adapter.
             images: batches of images (B, channels, H, W), normalised, or tuples that begin with them.
             output: file to write the gates to, ending in ``.safetensors``.
-            validation: batches to choose the best gates by; the first of `images` by default.
-            **settings: fields of `DiffMaskSettings`.
-        """
-        from vitexplain.training.diffmask import DiffMaskSettings, train_diffmask
+            validation: batches to choose the best gates by, all of them; the first of `images` by default.
+            **settings: fields of `DiffMaskSettings`; `constraint` is by default that of the paper, and ``"class"`` for
+                a method of a class.
 
-        train_diffmask(model, images, output, DiffMaskSettings(**settings), validation=validation)
+        Raises:
+            OptionError: the constraint is for gates that this method does not read.
+        """
+        from vitexplain.training.diffmask import train_diffmask
+
+        train_diffmask(model, images, output, self._recipe(settings), validation=validation)
         return replace(self, checkpoint=str(output))
+
+    def _recipe(self, settings: Mapping[str, Any]) -> DiffMaskSettings:
+        """Settings by which gates are trained that this method reads."""
+        from vitexplain.training.diffmask import DiffMaskSettings
+
+        told = self.info.class_specific
+        recipe = DiffMaskSettings(**{"constraint": "class" if told else "distribution", **settings})
+        if recipe.class_specific is not told:
+            expected, other = ("'class' or 'evidence'", "diffmask") if told else ("'distribution'", "diffmask_class")
+            raise OptionError(
+                f"found constraint={recipe.constraint!r}, expected {expected}: {self.info.name} reads gates that are "
+                f"told {'a' if told else 'no'} class; leave constraint out, or fit {other}, which takes it"
+            )
+        return recipe
 
     def _trained(self, adapter: ModelAdapter, device: torch.device, dtype: torch.dtype) -> TrainedGates:
         checkpoint = self.checkpoint or shipped_checkpoint(self.info.name, adapter.model)

@@ -283,6 +283,24 @@ class TestOtherCommands:
         for default in ("auto", "the predicted class", "scenes", "8", "vitexplain-output", "the model's own", "cpu"):
             assert f"[default: {default}]" in text
 
+    @pytest.mark.parametrize(
+        ("reason", "said"),
+        [
+            ((), "results finished before this are complete"),
+            (("stopped after 3 steps:\nresume",), "stopped after 3 steps: resume"),
+        ],
+    )
+    def test_an_interruption_says_what_it_knows(
+        self, reason: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt(*reason)
+
+        monkeypatch.setattr("vitexplain.demo.make_demo", interrupted)
+        result = run("demo")
+        assert result.exit_code == 130
+        assert result.stderr == f"interrupted; {said}\n"
+
     def test_misuse(self) -> None:
         for words in (["explain"], ["explian"], ["explain", "a.png", "--batch-size", "many"], ["explain", "--colour"]):
             result = run(*words)

@@ -492,6 +492,17 @@ def test_report_is_about_the_masks_that_are_shown(told: bool, options: dict[str,
     assert 0 < found.kept.max() < 1
 
 
+@pytest.mark.parametrize("scales", [("probability", "log_probability"), ("log_probability", "probability")])
+def test_report_reads_maps_in_the_scale_they_were_made_in(scales: tuple[str, str]) -> None:
+    model, images = make_model("cls"), make_images("cls", batch=3)
+    ours, theirs = (explainer(model, scale=scale) for scale in scales)
+    method: Any = ours.method
+    expected, found = (method.report(model, each(images)) for each in (ours, theirs))
+    assert 0 < expected.kept.mean() < 1
+    assert torch.equal(found.kept, expected.kept)
+    torch.testing.assert_close(found.divergence, expected.divergence)
+
+
 def test_report_of_other_maps_is_refused() -> None:
     model, images = make_model("cls"), make_images("cls")
     explain = explainer(model)

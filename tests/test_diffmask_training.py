@@ -38,6 +38,7 @@ from vitexplain.diffmask.evaluation import Evaluation
 from vitexplain.diffmask.gates import log_kept
 from vitexplain.diffmask.masking import MaskedModel
 from vitexplain.methods.diffmask import DiffMask
+from vitexplain.methods.diffmask_class import ClassDiffMask
 from vitexplain.preprocessing import Preprocessing
 from vitexplain.training.diffmask import DiffMaskSettings, train_diffmask
 from vitexplain.training.diffmask_learner import DiffMaskLearner
@@ -322,6 +323,15 @@ def test_an_interrupted_training_goes_on_where_it_was(
     assert not (tmp_path / "parts.safetensors.training").exists()
 
 
+def test_interrupted_before_anything_was_saved_it_promises_nothing(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor]
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after \d steps, before anything was saved: start anew"):
+        train_diffmask(model, Interrupted(batches, 2), output, TINY, validation=batches)
+    assert not list(tmp_path.iterdir())
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -395,6 +405,25 @@ def test_collapsed_gates_are_replaced_and_in_the_end_given_up(
     assert not card["met"]
 
 
+def test_a_restart_takes_along_nothing_of_the_gates_it_replaces(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiffMaskLearner, "evaluate", lambda *_: evaluation(divergence=2.0, agreement=0.1))
+    settings = dataclasses.replace(TINY, steps=20, evaluate_every=8, margin=0.1, lookahead=True, multiplier_rate=1.0)
+    output = tmp_path / "gates.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_diffmask(model, Interrupted(batches, 10), output, settings, validation=batches)
+    kept = torch.load(tmp_path / "gates.safetensors.training", weights_only=True)["state"]
+    assert (kept["step"], kept["restarts"]) == (8, 1)
+    fresh = learner(model, batches[0], **dataclasses.asdict(settings))
+    fresh.restart()
+    gates, multipliers = kept["lookaheads"]
+    for parameters, found in ((fresh.gates.parameters(), gates), (fresh.multipliers.parameters(), multipliers)):
+        assert found["steps"] == 0
+        for each, slow in zip(parameters, found["slow"], strict=True):
+            assert torch.equal(slow, each.detach())
+
+
 def test_training_stops_early_without_progress(
     tmp_path: Path, model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +488,43 @@ def test_the_method_fits_itself(tmp_path: Path, model: nn.Module, batches: list[
     method = DiffMask(depth=1).fit(adapt(model), batches, tmp_path / "gates.safetensors", **dataclasses.asdict(TINY))
     assert method == DiffMask(depth=1, checkpoint=str(tmp_path / "gates.safetensors"))
     assert Explainer(method, model)(batches[0]).scores.isfinite().all()
+
+
+@pytest.mark.parametrize("constraint", ["class", "evidence", None])
+def test_the_method_of_a_class_fits_gates_that_are_told_one(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor], constraint: str | None
+) -> None:
+    recipe = {**dataclasses.asdict(TINY), "constraint": constraint}
+    if constraint is None:
+        del recipe["constraint"]
+    output = tmp_path / "gates.safetensors"
+    explainer = Explainer(ClassDiffMask(), model).fit(batches, output, **recipe)
+    assert json.loads(output.with_suffix(".json").read_text())["constraint"] == (constraint or "class")
+    assert explainer(batches[0], 2).scores.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("learning", "constraint", "said"),
+    [
+        (DiffMask(), "class", "expected 'distribution'.*fit diffmask_class"),
+        (DiffMask(), "evidence", "expected 'distribution'.*fit diffmask_class"),
+        (ClassDiffMask(), "distribution", "expected 'class' or 'evidence'.*fit diffmask,"),
+    ],
+)
+def test_gates_that_the_method_could_not_read_are_not_trained(
+    tmp_path: Path, model: nn.Module, learning: DiffMask, constraint: str, said: str
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    with pytest.raises(OptionError, match=f"constraint='{constraint}', {said}"):
+        learning.fit(adapt(model), [], output, constraint=constraint)
+
+
+def test_the_best_gates_are_chosen_by_all_validation_images(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor]
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    assert train_diffmask(model, batches, output, TINY, validation=batches)["result"]["images"] == 12
+    assert train_diffmask(model, batches, output, TINY)["result"]["images"] == 8  # the first two batches
 
 
 def test_wrong_input_is_refused_before_any_work(tmp_path: Path, model: nn.Module, batches: list[Tensor]) -> None:

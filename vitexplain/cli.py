@@ -46,8 +46,9 @@ class _Commands(TyperGroup):
             _say(f"error: {' '.join(str(error).splitlines())}")
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             _say(f"error: out of memory ({type(error).__name__}). Try a smaller --batch-size")
-        except KeyboardInterrupt:
-            _say("interrupted; results finished before this are complete")
+        except KeyboardInterrupt as interruption:
+            known = " ".join(str(interruption).splitlines())
+            _say(f"interrupted; {known or 'results finished before this are complete'}")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         raise typer.Exit(EXIT_NOT_CARRIED_OUT)
 

@@ -24,7 +24,7 @@ from ..models.adapter import ModelAdapter
 from ..models.fingerprint import weights_digest
 from .diffmask_learner import DiffMaskLearner
 from .diffmask_settings import DiffMaskSettings
-from .lightning_run import undisturbed
+from .lightning_run import interruption, undisturbed
 
 if TYPE_CHECKING:
     from .diffmask_module import DiffMaskModule
@@ -62,7 +62,8 @@ def train_diffmask(
             `torch.utils.data.DataLoader` gives; iterated again whenever they end.
         output: file to write, ending in ``.safetensors``; a card with the ending ``.json`` goes beside it.
         settings: the recipe.
-        validation: batches by which the best gates are chosen; by default the first of `images`.
+        validation: batches by which the best gates are chosen, all of them, held in memory; by default the first
+            `DiffMaskSettings.validation_batches` of `images`, which are trained on like the others.
         resume: go on from an interrupted training with the same output, model and settings, if there is one.
         logs: folder for figures of the course as CSV, and for TensorBoard where that is installed.
         precision: of the model's passes, one of `PRECISIONS`. Gates, noise, divergence and multipliers are in float32
@@ -81,7 +82,7 @@ def train_diffmask(
         CheckpointError: what is to be resumed is broken, or of another model or settings.
         UnsupportedModelError: the model has no states for gates to read.
         VitExplainError: Lightning is not installed.
-        KeyboardInterrupt: training was interrupted; `resume` goes on from the last evaluation.
+        KeyboardInterrupt: training was interrupted; `resume` goes on from the last evaluation, if there was one.
     """
     settings = settings if settings is not None else DiffMaskSettings()
     output = Path(output)
@@ -98,8 +99,8 @@ def train_diffmask(
 
     started = time.monotonic()
     masked = MaskedModel(adapt(model))
-    source = images if validation is None else validation
-    chosen = [images_of(batch) for batch in itertools.islice(source, settings.validation_batches)]
+    source = itertools.islice(images, settings.validation_batches) if validation is None else validation
+    chosen = [images_of(batch) for batch in source]
     if not chosen:
         raise InputError("found no batches of images, expected at least one")
     learner = DiffMaskLearner(masked, chosen[0], settings)
@@ -110,10 +111,7 @@ def train_diffmask(
     with _model_put_back(masked.adapter.model), undisturbed(place):
         _trainer(masked.adapter, logs, precision, devices, progress).fit(module, Batches(images, module))
     if not module.finished:
-        raise KeyboardInterrupt(
-            f"training stopped after {module.step} steps; what was reached by the last evaluation is kept in "
-            f"{module.state}: go on with resume"
-        )
+        raise KeyboardInterrupt(interruption(module.step, module.state))
     record = _record(module, output, time.monotonic() - started)
     module.state.unlink(missing_ok=True)
     return record

@@ -89,14 +89,7 @@ class DiffMaskModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.learner.masked.adapter.model.to(self.device)
         self._multiplier_optimizer = self.learner.multiplier_optimizer()
-        self._lookaheads = (
-            []
-            if not self.learner.settings.lookahead
-            else [
-                Lookahead(self.learner.gates.parameters()),
-                Lookahead(self.learner.multipliers.parameters()),
-            ]
-        )
+        self._lookaheads = self._fresh_lookaheads()
         if self.resumed is not None:
             self._restore(self.resumed)
             self.resumed = None
@@ -164,6 +157,13 @@ class DiffMaskModule(lightning.LightningModule):
         self.started_at, self.without_progress = self.step, 0
         optimizer.optimizer.state.clear()
         self._multiplier_optimizer = self.learner.multiplier_optimizer()
+        self._lookaheads = self._fresh_lookaheads()
+
+    def _fresh_lookaheads(self) -> list[Lookahead]:
+        """Slow weights of gates and multipliers, as these are now; none where the settings want none."""
+        if not self.learner.settings.lookahead:
+            return []
+        return [Lookahead(self.learner.gates.parameters()), Lookahead(self.learner.multipliers.parameters())]
 
     def _state(self, optimizer: Any) -> dict[str, Any]:
         return {

@@ -44,7 +44,7 @@ class DiffMaskSettings:
         redraw_for_multiplier: λ is updated on a second draw of depth and noise instead of on that of the gates.
         count_class_token: the never-masked class token counts in the mean of log-probabilities.
         evaluate_every: steps between two evaluations with hard masks.
-        validation_batches: batches kept for that where no validation images are given.
+        validation_batches: how many of the first training batches serve for that where no validation images are given.
         agreement: share of predictions that good gates leave as they are.
         patience: evaluations without a better result before training stops; 0 never stops early.
         collapsed_below: share of kept patches under which gates that break the constraint count as collapsed.

@@ -33,6 +33,18 @@ def check_output(output: str | os.PathLike[str]) -> Path:
     return path
 
 
+def interruption(steps: int, state: Path) -> str:
+    """What to tell the user of a training that was interrupted.
+
+    Args:
+        steps: how many were made.
+        state: file to go on from, which is there once something was saved.
+    """
+    if not state.is_file():
+        return f"training stopped after {steps} steps, before anything was saved: start anew"
+    return f"training stopped after {steps} steps; what was last saved is kept in {state}: go on with resume"
+
+
 def trainer(device: torch.device, logs: str | os.PathLike[str] | None, *, progress: bool) -> Any:
     """A Lightning trainer for one pass over numbered batches on one device.
 
