@@ -65,6 +65,27 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert [each["name"] for each in configuration["methods"]] == ["rollout"]
 
 
+@pytest.mark.parametrize(
+    ("words", "line", "said"),
+    [
+        (["--methods", "rolout"], "methods", "no method called 'rolout' "),
+        (["--metrics", "auprcc"], "metrics", "no metric called 'auprcc' "),
+        (["--data", "scenes", "--select", "some"], "data", "found select: 'some'"),
+        (["--preprocessing", "crp=1"], "models", "no setting of preprocessing called 'crp' "),
+    ],
+)
+def test_what_an_option_replaced_is_not_blamed_on_the_file(
+    tmp_path: Path, words: list[str], line: str, said: str
+) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("models: [scenes]\nmethods: [rollout]\nmetrics: [auprc]\ndata: scenes\n")
+    refusal(run(file, *words, "--output", tmp_path / "out"), said)
+    result = run(file, *words, "--output", tmp_path / "out")
+    assert "bench.yaml" not in result.stderr
+    file.write_text(f"{line}: {{name: 5}}\n")
+    refusal(run(file, "--output", tmp_path / "out"), "bench.yaml, line 1: ")
+
+
 def test_list_has_every_metric_with_figures_and_requirements() -> None:
     result = run("--list")
     assert result.exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitexplain.bench import figures, run_bench
+from vitexplain.bench import figures, open_results, run_bench
+from vitexplain.bench.command import conclude
 from vitexplain.bench.configuration import BenchConfiguration
 from vitexplain.bench.curve_bands import Curve, mean_curve
 from vitexplain.bench.figures import FigureRow, compute_figures, figure_rows
 from vitexplain.bench.formatting import decimals_for, show_estimate, show_seconds
 from vitexplain.bench.plots import CostPanel, CurvePanel, Pictures, Point
+from vitexplain.bench.report import write_report
+from vitexplain.bench.results import write_figures
 from vitexplain.bench.sections import make_sections
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.tally import Rows
@@ -129,6 +133,65 @@ def test_sections_put_the_best_first_and_mark_it_only_where_it_is_apart() -> Non
     falling = [replace(row, higher_is_better=False) for row in rows]
     (section,) = make_sections(falling, configuration)
     assert [line.method for line in section.lines] == ["a", "d", "c", "b"]
+
+
+def test_a_figure_that_a_method_lacks_is_an_empty_cell_in_its_own_column() -> None:
+    configuration = BenchConfiguration.from_mapping(
+        {"models": {"label": "m"}, "metrics": ["energy_in_mask"], "methods": ["rollout"]}
+    )
+    rows = [
+        figure_row("a", n=7),
+        *(figure_row(method, figure="chance", position=1, value=0.1, rank=None, last_rank=None) for method in "ba"),
+    ]
+    (section,) = make_sections(rows, configuration)
+    assert [(column.name, column.ranked) for column in section.figures] == [("energy", True), ("chance", False)]
+    assert [line.method for line in section.lines] == ["a", "b"]
+    (energy, chance), (missing, other) = (line.cells for line in section.lines)
+    assert (energy.text[:4], chance.text, missing.text, other.text) == ("0.50", chance.text, "", chance.text)
+    assert (missing.rank, missing.best, missing.n) == ("", False, 0)
+    assert [(line.n, [cell.n for cell in line.cells]) for line in section.lines] == [(9, [7, 9]), (9, [0, 9])]
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_reports_keep_columns_where_methods_lack_figures_ranks_or_images(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(folder, place)
+    results = open_results(place)
+    rows = []
+    for row in results.figures():
+        if (row.metric, row.method, row.figure) == ("energy_in_mask", "rollout", "energy"):
+            continue
+        if (row.metric, row.method) == ("deletion", "a|b<i>"):  # the last one, and nothing to rank
+            row = replace(row, value=math.nan, low=math.nan, high=math.nan, n=0, rank=None, last_rank=None)
+        if (row.metric, row.method, row.figure) == ("energy_in_mask", "tokentm", "energy"):
+            row = replace(row, n=3)
+        rows.append(row)
+    write_figures(place, rows)
+    write_report(results, BenchConfiguration.from_mapping(SETTINGS))
+    lines = (place / "report.md").read_text().splitlines()
+    heads = [place for place, line in enumerate(lines) if " unmeasured " in line]
+    tables = [[cells_of(each) for each in lines[head : head + 5]] for head in heads]
+    assert len(tables) == 4
+    for table in tables:
+        assert {len(line) for line in table} == {len(table[0])}
+    deletion, energy = tables[0], tables[2]
+    assert deletion[0][:4] == ["method", "auc", "#", "n"]
+    assert {line[0]: line[2] for line in deletion[2:]}["a\\|b<i>"] == ""
+    assert energy[0][:5] == ["method", "energy", "#", "chance", "n"]
+    of_method = {line[0]: line for line in energy[2:]}
+    assert of_method["rollout"][1:3] == ["", ""]
+    assert of_method["rollout"][3].startswith("0.")
+    assert of_method["tokentm"][1].strip("*").endswith("] (n = 3)")
+    assert [line[4] for line in energy[2:]] == ["4"] * 3
+    page = (place / "report.html").read_text()
+    assert re.search(r'<th scope="row">rollout</th><td></td><td>0\.\d+ ', page)
+    assert page.count("(n = 3)") == 2
+    shown = conclude(results).splitlines()
+    assert [line.split("n=")[1] for line in shown if line.startswith("  tokentm")] == ["4", "4", "3", "3"]
+    assert [line.split()[1:] for line in shown if line.startswith("  rollout")][2:] == [["n=0"]] * 2
 
 
 def energies(values: list[float]) -> Rows:

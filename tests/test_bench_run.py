@@ -457,6 +457,37 @@ def test_images_without_what_a_metric_requires_are_unmeasured(tmp_path: Path) ->
     assert [(row.n, row.unmeasured, row.images) for row in found.figures()] == [(2, 2, 4)] * 2
 
 
+@pytest.mark.parametrize(
+    ("metric", "figure", "counts"),
+    [
+        ({"name": "positive_perturbation", "steps": 3}, "accuracy_auc", set()),  # the last image has no class
+        ("pointing_game", "hit_rate", {1}),  # masks are taken before boxes, and the last image alone has one
+    ],
+)
+def test_another_selection_that_shows_metrics_something_else_mixes_nothing(
+    tmp_path: Path, metric: Any, figure: str, counts: set[int]
+) -> None:
+    records = []
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(4):
+        example = open_dataset("scenes")[index]
+        assert example.boxes is not None
+        assert example.mask is not None
+        example.image.save(tmp_path / "data" / "images" / f"{index}.png")  # type: ignore[union-attr]
+        records.append({"file": f"{index}.png", "classes": example.labels[0], "boxes": example.boxes.tolist()})
+    Image.fromarray((example.mask == 1).astype(np.uint8)).save(tmp_path / "data" / "masks" / "3.png")
+    records[-1] |= {"classes": None, "mask": "3.png"}
+    (tmp_path / "data" / "annotations.json").write_text(json.dumps(records))
+    data = {"format": "annotated", "root": str(tmp_path / "data")}
+    few = bench(tmp_path / "out", methods=["rollout"], metrics=[metric], data={**data, "limit": 2})
+    assert {row.figure: row.n for row in few.figures()}[figure] == 2
+    both: dict[str, Any] = {"methods": ["rollout", "raw_attention"], "metrics": [metric], "data": data}
+    resumed, fresh = bench(tmp_path / "out", **both), bench(tmp_path / "fresh", **both)
+    assert outcome(resumed) == outcome(fresh)
+    assert {row.n for row in resumed.figures() if row.figure == figure} == counts
+
+
 def test_only_correct_and_labels(tmp_path: Path) -> None:
     data = {"format": "scenes", "limit": 12, "options": {"objects": 2}}
     settings = {"methods": ["tokentm"], "metrics": ["energy_in_mask"], "data": data, "chunk_size": 5}

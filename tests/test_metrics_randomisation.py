@@ -16,7 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vitexplain import Explainer, Method, OptionError, TargetError, adapt, create_method
-from vitexplain.metrics import randomisation_check, randomisation_checks
+from vitexplain.metrics import RandomisationCheck, randomisation_check, randomisation_checks
 from vitexplain.metrics.randomisation import _copied, _randomise, _stages
 
 SMALL = {"img_size": (32, 48), "num_classes": 7}
@@ -236,6 +236,15 @@ def test_the_summary_has_the_mean_of_each_stage_and_its_interval() -> None:
     table = check.to_markdown().splitlines()
     assert len(table) == 2 + 5
     assert table[2].startswith("| head | 1 [1, 1]")
+
+
+def test_each_stage_rests_on_its_own_images() -> None:
+    correlations = {"head": np.array([0.5, *[np.nan] * 3]), "block 1": np.array([0.1, 0.2, 0.3, 0.4])}
+    check = RandomisationCheck(create_method("rollout"), "cascading", correlations, torch.zeros(4, 2, 2))
+    _, _, head, block = check.to_markdown().splitlines()
+    assert head == "| head | 0.5 | 1 |"
+    assert block.startswith("| block 1 | 0.25 [")
+    assert block.endswith("] | 4 |")
 
 
 def test_what_cannot_be_checked_is_refused() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vitexplain import InputError, OptionError, UnknownNameError
 from vitexplain.metrics import Figure, Metric, MetricBatch, MetricInfo, compare_rows, estimates, holm, statistics
-from vitexplain.metrics.statistics import bootstrap_interval
-from vitexplain.metrics.tally import Rows, summarise
+from vitexplain.metrics.statistics import Sample, bootstrap_interval, estimate_figures
+from vitexplain.metrics.tally import Rows, own_statistics, summarise
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,37 @@ def test_what_allowed_no_measurement_counts_nowhere() -> None:
     assert found["mean"].n == 29
     assert found["best"].value == pytest.approx(np.nanmean(rows["curve"], 0).max())
     assert all(each.low < each.value < each.high for each in found.values())
+
+
+def test_each_figure_rests_on_the_images_that_have_all_it_is_computed_from() -> None:
+    rows = pooled_rows(8, images=6)
+    rows["part"][1:] = np.nan
+    rows["curve"][:2] = np.nan
+    found = estimates(Toy(), rows, resamples=50)
+    assert {name: each.n for name, each in found.items()} == {"mean": 6, "ratio": 1, "best": 4}
+    assert math.isfinite(found["ratio"].value)
+    assert math.isnan(found["ratio"].low)
+    assert found["best"].low < found["best"].high
+    rows["x"][:] = np.nan
+    found = estimates(Toy(), rows, resamples=50)
+    assert {name: each.n for name, each in found.items()} == {"mean": 0, "ratio": 0, "best": 4}
+
+
+def test_a_figure_that_hides_what_it_is_computed_from_rests_on_what_is_known_entirely() -> None:
+    rows = rows_of(x=[1, 2, 3, 4], part=[1, 2, 3, np.nan])
+    sample = Sample.of(own_statistics(rows), lambda means: {"hides": means["x"].nan_to_num() + 1})
+    (found,) = estimate_figures(sample, confidence=0.9, resamples=20, seed=0).values()
+    assert found.n == 3
+
+
+def test_a_difference_rests_on_what_both_have_of_its_figure() -> None:
+    one, other = pooled_rows(21, images=8), pooled_rows(22, images=8)
+    one["part"][:3], other["part"][7], other["curve"][:] = np.nan, np.nan, np.nan
+    counts = {
+        figure: compare_rows(Toy(), {"a": one, "b": other}, figure, permutations=9, resamples=20).pairs[0].difference.n
+        for figure in ("mean", "ratio", "best")
+    }
+    assert counts == {"mean": 8, "ratio": 4, "best": 0}
 
 
 def test_no_image_measured_has_no_figure() -> None:

@@ -127,7 +127,7 @@ class Explainer:
             images: batches of normalised images (B, 3, H, W), or tuples that begin with them, such as a
                 `torch.utils.data.DataLoader` gives.
             output: checkpoint file to write.
-            validation: batches by which the best result is chosen; by default the first of `images`.
+            validation: batches by which the best result is chosen; what that is by default, the method's `fit` says.
             **settings: of the training, see the method's `fit`.
 
         Raises:

@@ -135,7 +135,7 @@ class ChunkRun:
     def metric_key(self, method: str, metric: str) -> str:
         """Key of a metric's statistics."""
         chosen = self.plan.metrics[metric]
-        return digest("metric", self._scores_key(method), chosen.info.name, chosen.options)
+        return digest("metric", self._scores_key(method), chosen.info.name, chosen.options, self._shown(chosen))
 
     def has_statistics(self, method: str, metric: str) -> bool:
         """Whether a metric's statistics are stored."""
@@ -163,14 +163,15 @@ class ChunkRun:
         rows = {name: value.double().cpu().numpy() for name, value in diagnose(scores).items()}
         if not bool(able.any()):
             return rows
-        masks, boxes = self._masks, self._boxes
+        shown = self._shown(metric)
+        masks, boxes = self._masks if "masks" in shown else None, self._boxes if "boxes" in shown else None
         chosen, device = able.to(self.model.device), self.model.device
         batch = MetricBatch(
             scores[chosen],
             self.targets[chosen],
             self.inputs if bool(able.all()) else self.inputs[chosen],
             self._predictor,
-            labels=label[able].to(device) if bool((label[able] >= 0).all()) and self._labels_count(metric) else None,
+            labels=label[able].to(device) if bool((label[able] >= 0).all()) and "labels" in shown else None,
             masks=None if masks is None else masks[able].to(device),
             boxes=None if boxes is None else [boxes[index] for index in able.nonzero()[:, 0].tolist()],
             explain=explaining(method, self.model.subject, self.plan.configuration.batch_size),
@@ -178,9 +179,14 @@ class ChunkRun:
         own = own_statistics(measure(metric, batch))
         return rows | {name: _spread(value, able.numpy(), len(scores)) for name, value in own.items()}
 
-    def _labels_count(self, metric: Metric) -> bool:
-        """Whether labels are shown to a metric: where it requires them, or the whole data set has them."""
-        return "labels" in metric.info.requires or self.plan.images.labelled
+    def _shown(self, metric: Metric) -> list[str]:
+        """The annotations that a metric is shown; they hang on all selected images, so that methods can be compared.
+
+        Labels where it requires them, or where all images have them; masks and boxes where any image has them.
+        """
+        images = self.plan.images
+        labels = {"labels"} if images.labelled or "labels" in metric.info.requires else set()
+        return sorted(images.somewhere - {"labels"} | labels)
 
     def _explain_one_by_one(self, method: Method) -> Tensor:
         """Each image with its own stream of random numbers, whatever else is in the batch."""
@@ -205,20 +211,16 @@ class ChunkRun:
         return batch, [index for index, name in enumerate(batch.names) if name in names]
 
     @property
-    def _masks(self) -> Tensor | None:
-        """(B, H, W) int8, all left out where an image has no mask; None where no image of the data has one."""
-        if "masks" not in self.plan.images.somewhere:
-            return None
+    def _masks(self) -> Tensor:
+        """(B, H, W) int8, all left out where an image has no mask."""
         batch, rows = self._used
         if batch.masks is None:
             return torch.full((len(rows), *batch.inputs.shape[2:]), -1, dtype=torch.int8)
         return batch.masks[rows]
 
     @property
-    def _boxes(self) -> list[Tensor] | None:
-        """B tensors (n, 4), empty where an image has no box; None where no image of the data has one."""
-        if "boxes" not in self.plan.images.somewhere:
-            return None
+    def _boxes(self) -> list[Tensor]:
+        """B tensors (n, 4), empty where an image has no box."""
         batch, rows = self._used
         return [torch.zeros(0, 4).double() if batch.boxes is None else batch.boxes[row] for row in rows]
 

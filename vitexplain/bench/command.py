@@ -121,12 +121,8 @@ def configure(
     from .configuration_file import read_mapping
     from .entries import DataEntry
 
-    settings = read_mapping(config) if config is not None else {}
-    settings.update(given)
-    if model:
-        settings["models"] = [model]
-    if data is not None:
-        settings["data"] = data
+    given = {**given, **({"models": [model]} if model else {}), **_mapping(data=data)}
+    settings = given if config is None else read_mapping(config).overridden(given)
     configuration = BenchConfiguration.from_mapping(settings)
     return replace(configuration, data=DataEntry.read({**asdict(configuration.data), **data_settings}))
 
@@ -162,7 +158,7 @@ def conclude(results: BenchResults) -> str:
     lines: list[str] = []
     for section in make_sections(results.figures(), BenchConfiguration.from_mapping(results.run["configuration"])):
         lines.append(f"{section.name}: {section.figures[0].title}")
-        lines += [f"  {line.method:<30} {line.cells[0].text}  n={line.counts.n}" for line in section.lines]
+        lines += [f"  {line.method:<30} {line.cells[0].text}  n={line.cells[0].n}" for line in section.lines]
     return "\n".join([*lines, f"Report: {(results.folder / 'report.html').resolve()}"])
 
 

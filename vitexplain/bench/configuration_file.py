@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ class LocatedMapping(dict[str, Any]):
         super().__init__()
         self.source = source
         self.lines = lines
+
+    def overridden(self, given: Mapping[str, Any]) -> LocatedMapping:
+        """The same with other values of some keys, which stand nowhere in the file."""
+        found = LocatedMapping(self.source, {key: line for key, line in self.lines.items() if key not in given})
+        found.update({**self, **given})
+        return found
 
 
 def place_of(mapping: Any, key: str) -> str:

@@ -35,7 +35,7 @@ class FigureRow:
         value: over all images.
         low: lower end of the 95 % interval, by resampling images.
         high: upper end.
-        n: images it rests on.
+        n: images it rests on; see `Estimate`.
         rank: one more than the number of methods that are significantly better; None where nothing is compared.
         last_rank: the number of methods less those that are significantly worse.
         best: significantly better than every other method.

@@ -16,14 +16,35 @@ class Cell:
     """A figure as it stands in a table.
 
     Attributes:
-        text: ``value [low, high]``.
+        text: ``value [low, high]``; empty where the method has no such figure.
         rank: ``"2"``, or ``"2–4"`` where the method cannot be told from others; empty where nothing is compared.
         best: significantly better than every other method.
+        n: images it rests on.
     """
 
-    text: str
-    rank: str
-    best: bool
+    text: str = ""
+    rank: str = ""
+    best: bool = False
+    n: int = 0
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure as the head of a column.
+
+    Attributes:
+        name: the figure's.
+        title: what it is, with its unit.
+        higher_is_better: None for a figure that only describes.
+        chance: what a map without information gets; None where that depends on the data.
+        ranked: whether any method has a rank by it.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool | None
+    chance: float | None
+    ranked: bool
 
 
 @dataclass(frozen=True)
@@ -32,13 +53,18 @@ class Line:
 
     Attributes:
         method: label.
-        cells: one a figure.
-        counts: what the figures rest on.
+        cells: one a column.
+        counts: what all its figures rest on.
     """
 
     method: str
     cells: tuple[Cell, ...]
     counts: FigureRow
+
+    @property
+    def n(self) -> int:
+        """Images that figures rest on, the most where these differ."""
+        return max(cell.n for cell in self.cells)
 
     @property
     def tied(self) -> str:
@@ -55,7 +81,7 @@ class Section:
         metric: label.
         title: the metric's.
         paper: where the metric is defined.
-        figures: what the columns are.
+        figures: the columns.
         lines: one a method, the best first.
     """
 
@@ -63,7 +89,7 @@ class Section:
     metric: str
     title: str
     paper: str
-    figures: tuple[FigureRow, ...]
+    figures: tuple[Column, ...]
     lines: tuple[Line, ...]
 
     @property
@@ -82,9 +108,9 @@ def make_sections(figures: Sequence[FigureRow], configuration: BenchConfiguratio
                 yield _section(rows, info.title, info.paper)
 
 
-def goodness(row: FigureRow) -> float:
+def goodness(row: FigureRow | None) -> float:
     """A key that sorts the best value first, and unknown ones last."""
-    if not math.isfinite(row.value):
+    if row is None or not math.isfinite(row.value):
         return math.inf
     return row.value if row.higher_is_better is False else -row.value
 
@@ -97,20 +123,31 @@ def rank_text(row: FigureRow) -> str:
 
 
 def _section(rows: list[FigureRow], title: str, paper: str) -> Section:
-    methods: dict[str, list[FigureRow]] = {}
+    methods: dict[str, dict[str, FigureRow]] = {}
+    figures: dict[str, list[FigureRow]] = {}
     for row in rows:
-        methods.setdefault(row.method, []).append(row)
-    ordered = sorted(methods.values(), key=lambda own: goodness(own[0]))
-    columns = list({row.figure: row for row in rows}.values())
-    decimals = {
-        each.figure: decimals_for([asdict(row) for row in rows if row.figure == each.figure]) for each in columns
-    }
+        methods.setdefault(row.method, {})[row.figure] = row
+        figures.setdefault(row.figure, []).append(row)
+    first = next(iter(figures))
+    ordered = sorted(methods.items(), key=lambda each: goodness(each[1].get(first)))
+    decimals = {figure: decimals_for([asdict(row) for row in own]) for figure, own in figures.items()}
     lines = [
         Line(
-            own[0].method,
-            tuple(Cell(show_estimate(asdict(row), decimals[row.figure]), rank_text(row), row.best) for row in own),
-            own[0],
+            method,
+            tuple(_cell(own.get(figure), decimals[figure]) for figure in figures),
+            next(iter(own.values())),
         )
-        for own in ordered
+        for method, own in ordered
     ]
-    return Section(rows[0].model, rows[0].metric, title, paper, tuple(columns), tuple(lines))
+    columns = tuple(_column(own) for own in figures.values())
+    return Section(rows[0].model, rows[0].metric, title, paper, columns, tuple(lines))
+
+
+def _cell(row: FigureRow | None, decimals: int) -> Cell:
+    return Cell() if row is None else Cell(show_estimate(asdict(row), decimals), rank_text(row), row.best, row.n)
+
+
+def _column(rows: list[FigureRow]) -> Column:
+    one = rows[0]
+    ranked = any(row.rank is not None for row in rows)
+    return Column(one.figure, one.title, one.higher_is_better, one.chance, ranked)

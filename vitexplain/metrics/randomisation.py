@@ -52,7 +52,10 @@ class RandomisationCheck:
     scores: Tensor
 
     def estimates(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
-        """The mean correlation of each stage with its interval over images; arguments as for `statistics.estimates`."""
+        """The mean correlation of each stage with its interval, over the images that have one there.
+
+        Arguments as for `statistics.estimates`.
+        """
         sample = Sample.of(self.correlations, lambda means: means)
         return estimate_figures(sample, confidence=confidence, resamples=resamples, seed=seed)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,10 @@ class Estimate:
 
     Attributes:
         value: the figure over all images; NaN where none allowed it.
-        low: lower end of the interval; NaN with fewer than two images.
+        low: lower end of the interval; NaN where it rests on fewer than two images.
         high: upper end.
-        n: images it rests on: those with any statistic that is not NaN.
+        n: images it rests on: those with every number that it is computed from. A figure of several statistics takes
+            what other images have too, but they are not counted here.
     """
 
     value: float
@@ -120,10 +121,19 @@ class Sample:
         """Numbers that one image has."""
         return sum(value[0].numel() for value in self.values.values())
 
-    @property
-    def measured(self) -> int:
-        """Images with any known statistic."""
-        return int(torch.stack([known.flatten(1).any(1) for known in self._columns(self.known)]).any(0).sum())
+    def counts(self) -> dict[str, int]:
+        """How many images each figure rests on; see `Estimate.n`.
+
+        A figure is computed from the statistics without which it is NaN; from all of them, if it never is.
+        """
+        there = torch.stack([known.flatten(1).all(1) for known in self._columns(self.known)])
+        kept = 1 - torch.eye(len(there)).double()  # each row leaves out one statistic, whose mean is 0 / 0
+        lacking = (
+            {name: torch.tensordot(row, each[name].sum(0), 0) for name, row in zip(each, kept, strict=True)}
+            for each in (self.values, self.known)
+        )
+        lost = {name: figure.isnan() for name, figure in self.from_sums(*lacking).items()}
+        return {name: int(there[each | ~each.any()].all(0).sum()) for name, each in lost.items()}
 
     def figures(self) -> dict[str, Tensor]:
         """The figures over all images, 0-dimensional."""
@@ -157,17 +167,17 @@ class Sample:
 def estimate_figures(sample: Sample, *, confidence: float, resamples: int, seed: int) -> dict[str, Estimate]:
     """`estimates` of any sample."""
     check_resampling(confidence, resamples)
-    values, number = {name: float(value) for name, value in sample.figures().items()}, sample.measured
-    if number < 2:
-        return {name: Estimate(value, math.nan, math.nan, number) for name, value in values.items()}
+    counts = sample.counts()
+    found = {name: Estimate(float(value), math.nan, math.nan, counts[name]) for name, value in sample.figures().items()}
+    if max(counts.values(), default=0) < 2:
+        return found
     drawn = [sample.weighted(weights) for weights in drawn_weights(len(sample), resamples, sample.width, seed)]
     without = sample.without_each()
-    found = {}
-    for name, value in values.items():
-        replicates = torch.cat([part[name] for part in drawn]).numpy()
-        found[name] = Estimate(
-            value, *bootstrap_interval(value, replicates, without[name].numpy(), confidence), n=number
-        )
+    for name, each in found.items():
+        if each.n > 1:
+            replicates = torch.cat([part[name] for part in drawn]).numpy()
+            low, high = bootstrap_interval(each.value, replicates, without[name].numpy(), confidence)
+            found[name] = replace(each, low=low, high=high)
     return found
 
 

@@ -24,7 +24,7 @@ class Summary:
     Attributes:
         figures: value of each figure; NaN where no image allowed it.
         images: how many were given.
-        unmeasured: of these, how many allowed no measurement (their statistics are NaN and count nowhere).
+        unmeasured: of these, how many lack a statistic (it is NaN and counts nowhere).
         broken: of these, maps with NaN or infinite scores.
         constant: maps that are flat, so that any order of patches is as good; they count in the figures.
         tied: mean share of patches whose score another patch has too, in [0, 1].
