@@ -36,6 +36,7 @@ from vitexplain.iavit.evaluation import Fairness, answers, fairness
 from vitexplain.iavit.interpreter import fresh_interpreter
 from vitexplain.iavit.losses import REGULARISERS, distribution
 from vitexplain.iavit.trunk import normalised, read_frozen, read_on_graph
+from vitexplain.preprocessing import Preprocessing
 
 LAYERS = {"query": "query", "key": "key", "value": "value", "token_score": "fc1", "head": "fc2"}
 """Names here, and in the published code."""
@@ -492,7 +493,8 @@ def test_a_model_comes_back_with_its_interpreter(tmp_path: Path) -> None:
     model = VisionTransformer(**architecture).eval()
     interpreter = fresh_interpreter(InterpreterShape(24, 7), 0)
     path, images = tmp_path / "iavit.safetensors", torch.randn(2, 3, 32, 32)
-    card = {"architecture": architecture, "classes": list("abcdefg")}
+    prepare = Preprocessing((32, 32), (0.4,) * 3, (0.3,) * 3, "bilinear", 0.8, "squash")
+    card = {"architecture": architecture, "classes": list("abcdefg"), "preprocessing": prepare.to_dict()}
     save_checkpoint(path, interpreter, adapt(model), with_model=True, record=card)
     expected = vitexplain.get_explainer("iavit", model, checkpoint=str(path))(images)
     for found in (load_iavit(path), load_iavit(path, VisionTransformer(**architecture))):
@@ -503,6 +505,7 @@ def test_a_model_comes_back_with_its_interpreter(tmp_path: Path) -> None:
     save_model(path, tmp_path / "model.safetensors")
     torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), dict(model.state_dict()))
     loaded = vitexplain.load_model("scenes", checkpoint=tmp_path / "model.safetensors")
+    assert (loaded.preprocessing, loaded.labels) == (prepare, list("abcdefg"))
     again = vitexplain.get_explainer("iavit", loaded, checkpoint=str(path))(images)
     torch.testing.assert_close(again.scores, expected.scores)
 

@@ -257,6 +257,42 @@ def test_examples_without_a_class_of_the_model(tmp_path: Path, examples: list[Ex
         train_iavit(vit(), wrong, PREPROCESSING, tmp_path / "i.safetensors", TINY)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"labels": (CLASSES,)}, "expected a class from 0 to 3 first"), ({"image": Path("gone.png")}, "gone.png")],
+)
+def test_an_example_to_choose_by_that_cannot_be_used_is_told_before_training(
+    tmp_path: Path, examples: list[Example], change: dict[str, Any], message: str
+) -> None:
+    held = [*examples[:5], replace(examples[5], **change)]
+    with pytest.raises(InputError, match=message):
+        train_iavit(vit(), Breaking(examples, 1), PREPROCESSING, tmp_path / "i.safetensors", TINY, validation=held)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(tmp_path: Path, examples: list[Example], precision: torch.dtype) -> None:
+    model, output = vit().to(precision), tmp_path / "i.safetensors"
+    with pytest.raises(UnsupportedModelError, match=rf"in {precision}, expected torch\.float32: train model\.float"):
+        train_iavit(model, examples, PREPROCESSING, output, TINY)
+    assert not list(tmp_path.iterdir())
+    assert train_interpreter(model, batches(), output, TINY)["result"]["loss"] < 1
+    assert vitexplain.get_explainer("iavit", model, checkpoint=str(output))(batches()[0]).grid == (8, 8)
+
+
+def test_positions_and_tokens_do_not_decay() -> None:
+    from vitexplain.training.iavit_module import parameter_groups
+
+    settings = replace(TINY, weight_decay=0.1, interpreter_rate=0.5)
+    learner = JointLearner(adapt(make_model("torchvision")), fresh_interpreter(InterpreterShape(24, 7), 0), settings)
+    groups = parameter_groups(learner, settings)
+    found = {id(each): (group["lr"], group["weight_decay"]) for group in groups for each in group["params"]}
+    named = {name: found[id(parameter)] for name, parameter in learner.named_parameters()}
+    assert named["model.class_token"] == named["model.encoder.pos_embedding"] == (1e-2, 0.0)
+    assert named["model.conv_proj.weight"] == (1e-2, 0.1)
+    assert (named["interpreter.head.weight"], named["interpreter.head.bias"]) == ((0.5, 0.1), (0.5, 0.0))
+
+
 @pytest.mark.parametrize("name", ["model.pt", "no_such_folder/model.safetensors"])
 def test_wrong_output(tmp_path: Path, examples: list[Example], name: str) -> None:
     with pytest.raises(InputError, match="safetensors"):
@@ -325,6 +361,32 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: lis
         train_iavit(vit(qkv_bias=False), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
     record = train_iavit(vit(), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
     assert record["history"][-1]["step"] == TINY.steps
+
+
+@pytest.mark.parametrize("left", [6, 14])
+def test_an_evaluation_that_fails_costs_no_steps(tmp_path: Path, examples: list[Example], left: int) -> None:
+    held, output = examples[:4], tmp_path / "broken.safetensors"
+    unbroken = train_iavit(vit(), examples, PREPROCESSING, tmp_path / "unbroken.safetensors", TINY, validation=held)
+    with pytest.raises(RuntimeError, match="disk"):  # four to look at before, four an evaluation after 2, 4 and 6 steps
+        train_iavit(vit(), examples, PREPROCESSING, output, TINY, validation=Breaking(held, left))
+    assert [each.name for each in tmp_path.glob("broken*")] == ["broken.safetensors.training"]
+    steps_left = 4 if left == 6 else 0
+    seen = Breaking(examples, 1 + 4 * steps_left)  # one to look at the model
+    resumed = train_iavit(vit(), seen, PREPROCESSING, output, TINY, validation=held, resume=True)
+    assert (resumed["history"], resumed["result"]) == (unbroken["history"], unbroken["result"])
+    expected = load_file(tmp_path / "unbroken.safetensors")
+    for name, each in load_file(output).items():
+        torch.testing.assert_close(each, expected[name], rtol=0, atol=0)
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_an_interrupted_last_evaluation_is_no_end(tmp_path: Path, examples: list[Example]) -> None:
+    output, held = tmp_path / "iavit.safetensors", Breaking(examples[:4], 14, KeyboardInterrupt)
+    with pytest.raises(VitExplainError, match=r"stopped after 6 steps.*go on with resume"):
+        train_iavit(vit(), examples, PREPROCESSING, output, TINY, validation=held)
+    assert not output.exists()
+    resumed = train_iavit(vit(), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
+    assert [entry["step"] for entry in resumed["history"]] == [2, 4, 6]
 
 
 def test_a_resumed_interpreter_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from vitexplain.models.embedded import SCENES_ARCHITECTURE, build_model, load_ch
 from vitexplain.models.labels import find_class, read_labels
 from vitexplain.models.loading import list_models, load_model
 from vitexplain.models.weights import read_state
+from vitexplain.preprocessing import Preprocessing
 
 NAME = "timm:test_vit"
 
@@ -120,6 +121,47 @@ class TestEmbedded:
         assert shipped.name == "scenes"
         assert shipped.weights == "embedded"
         assert shipped.identity()["sha256"] == own.identity()["sha256"]
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"preprocessing": Preprocessing((96, 96), (0.4,) * 3, (0.2,) * 3, "bilinear", 0.8, "squash").to_dict()},
+            {"mean": [0.4] * 3, "std": [0.2] * 3, "input_size": [3, 96, 96]},
+        ],
+    )
+    def test_pictures_and_classes_are_those_of_the_card(self, weights: Path, said: dict[str, Any]) -> None:
+        names = [f"class {index}" for index in range(12)]
+        card = {"architecture": dict(SCENES_ARCHITECTURE), "classes": names, **said}
+        weights.with_suffix(".json").write_text(json.dumps(card))
+        loaded = load_model("scenes", checkpoint=weights)
+        expected = Preprocessing((96, 96), (0.4,) * 3, (0.2,) * 3, crop_fraction=1.0)
+        assert loaded.preprocessing == (Preprocessing(**said["preprocessing"]) if "preprocessing" in said else expected)
+        assert loaded.labels == names
+        given = load_model(
+            "scenes", checkpoint=weights, labels=list("abcdefghijkl"), preprocessing={"std": (0.5, 0.5, 0.5)}
+        )
+        assert given.preprocessing == loaded.preprocessing.replace(std=(0.5, 0.5, 0.5))
+        assert given.labels == list("abcdefghijkl")
+
+    def test_a_card_without_names_of_classes_is_not_given_those_of_scenes(self, weights: Path) -> None:
+        card = {"architecture": dict(SCENES_ARCHITECTURE), "classes": None}
+        weights.with_suffix(".json").write_text(json.dumps(card))
+        assert load_model("scenes", checkpoint=weights).labels is None
+
+    @pytest.mark.parametrize(
+        ("said", "error", "message"),
+        [
+            ({"classes": ["a", "b"]}, InputError, "found 2 labels, expected 12"),
+            ({"preprocessing": {"side": 96}}, CheckpointError, r"scenes\.safetensors' has a preprocessing that cannot"),
+            ({"std": [0, 1, 1]}, CheckpointError, "has a preprocessing that cannot be used .*above 0"),
+        ],
+    )
+    def test_cards_that_do_not_fit(
+        self, weights: Path, said: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        weights.with_suffix(".json").write_text(json.dumps({"architecture": dict(SCENES_ARCHITECTURE), **said}))
+        with pytest.raises(error, match=message):
+            load_model("scenes", checkpoint=weights)
 
     def test_weights_that_are_not_its_own(self, checkpoint: Path) -> None:
         with pytest.raises(CheckpointError, match=r"tiny\.json"):

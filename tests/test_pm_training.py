@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import torch
+from families import make_model
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from vitexplain import (
     VitExplainError,
     adapt,
     get_explainer,
+    load_model,
 )
 from vitexplain.data.example import Example
 from vitexplain.data.stripes import CLASSES, PATCH, SIZE, stripes_examples
@@ -149,6 +153,49 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: lis
     assert train(vit(), examples, output, resume=True)["history"][-1]["step"] == TINY.steps
 
 
+def test_a_closing_measurement_that_fails_costs_no_steps(tmp_path: Path, examples: list[Example]) -> None:
+    held, output = examples[:6], tmp_path / "broken.safetensors"
+    unbroken = train(vit(), examples, tmp_path / "unbroken.safetensors", validation=held)
+    with pytest.raises(RuntimeError, match="disk"):  # six before training, six after it
+        train(vit(), examples, output, validation=Breaking(held, 8))
+    assert [each.name for each in tmp_path.glob("broken*")] == ["broken.safetensors.training"]
+    resumed = train(vit(), Breaking(examples, 0), output, validation=held, resume=True)
+    for entry in ("history", "before", "after"):
+        assert resumed[entry] == unbroken[entry]
+    expected = load_file(tmp_path / "unbroken.safetensors")
+    for name, tensor in load_file(output).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_a_loss_that_is_no_number_overwrites_nothing(tmp_path: Path, examples: list[Example]) -> None:
+    output, state = tmp_path / "pm.safetensors", tmp_path / "pm.safetensors.training"
+    train(vit(), examples, output)
+    good = output.read_bytes()
+    with pytest.raises(VitExplainError, match=r"no loss that is a number at step 2, but nan.*Lower learning_rate"):
+        train(vit(), examples, output, learning_rate=1e30, save_every=1)
+    kept = torch.load(state, weights_only=True)["state"]
+    assert kept["step"] == 1
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
+    assert output.read_bytes() == good
+
+
+def test_a_gradient_that_is_no_number_does_not_reach_the_weights(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    with pytest.raises(VitExplainError, match="no gradient that is a number at step 1, but inf"):
+        train(vit(), examples, tmp_path / "pm.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_refused(tmp_path: Path, examples: list[Example], precision: torch.dtype) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"in {precision}, expected torch\.float32: train model\.float"):
+        train(vit().to(precision), examples, tmp_path / "pm.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_training_is_not_resumed(tmp_path: Path, examples: list[Example]) -> None:
     output = tmp_path / "pm.safetensors"
     with pytest.raises(RuntimeError):
@@ -188,6 +235,23 @@ def test_rates_fall_with_depth_and_every_weight_has_one() -> None:
     assert named["blocks.0.attn.qkv.weight"] == (0.5, 0.1)
     assert named["patch_embed.proj.weight"] == (0.25, 0.1)
     assert named["pos_embed"] == named["cls_token"] == (0.25, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torchvision", {"class_token", "encoder.pos_embedding"}),
+        ("hf_vit_eager", {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"}),
+        ("hf_clip", {"vision_model.embeddings.position_embedding.weight"}),
+    ],
+)
+def test_positions_and_tokens_do_not_decay(name: str, expected: set[str]) -> None:
+    from vitexplain.training.trained_model import undecayed
+
+    model = make_model(name)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    assert undecayed(model) & matrices == expected
+    assert undecayed(nn.ModuleDict({"model": vit()})) & {"model.pos_embed", "model.head.weight"} == {"model.pos_embed"}
 
 
 def test_dropout_works_in_training(tmp_path: Path, examples: list[Example]) -> None:
@@ -256,6 +320,34 @@ def test_distillation_keeps_answers_that_labels_would_change(tmp_path: Path, exa
     assert moved[True] < moved[False] / 5
 
 
+def test_a_checkpoint_of_a_new_model_is_loaded_as_it_was_trained(tmp_path: Path, examples: list[Example]) -> None:
+    output = tmp_path / "pm.safetensors"
+    shape = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    card = {"architecture": {**shape, "num_classes": CLASSES}, "classes": list("abcd")}
+    train(vit(), examples, output, card=card)
+    loaded = load_model("scenes", checkpoint=output)
+    assert (loaded.preprocessing, loaded.labels) == (PREPROCESSING, list("abcd"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": None}, "no mask of what the model sees of '1'; expected one of each"),
+        ({"mask": np.full((SIZE, SIZE), -1, np.int8)}, "no mask of what the model sees of '1'"),
+        ({"labels": ()}, "no label of '1'"),
+    ],
+)
+def test_an_example_that_cannot_be_measured_is_named(
+    examples: list[Example], change: dict[str, Any], message: str
+) -> None:
+    named = [replace(example, name=str(index)) for index, example in enumerate(examples[:4])]
+    mixed = [named[0], replace(named[1], **change), *named[2:]]
+    with pytest.raises(InputError, match=message):
+        evaluate_patch_masks(vit(), mixed, PREPROCESSING)
+    with pytest.raises(InputError, match=message):
+        evaluate_patch_masks(vit(), mixed[1:2], PREPROCESSING)
+
+
 @pytest.mark.parametrize("name", ["model.pt", "no_such_folder/model.safetensors"])
 def test_wrong_output(tmp_path: Path, examples: list[Example], name: str) -> None:
     with pytest.raises(InputError, match="safetensors"):
@@ -272,7 +364,6 @@ def test_the_command_trains_the_embedded_model(tmp_path: Path) -> None:
     import typer
     from typer.testing import CliRunner
 
-    from vitexplain import load_model
     from vitexplain.training.patch_masks_command import train_pm_command
 
     app, output = typer.Typer(), tmp_path / "pm.safetensors"
@@ -300,3 +391,37 @@ def test_the_command_trains_the_embedded_model(tmp_path: Path) -> None:
         failed = CliRunner().invoke(app, [*arguments, *wrong])
         assert isinstance(failed.exception, Exception)
         assert message in str(failed.exception)
+
+
+def test_the_command_keeps_random_images_of_all_classes_to_measure_on(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from vitexplain.training.patch_masks_command import train_pm_command
+
+    for index, example in enumerate(examples):  # a folder a class, one after the other, as readers list them
+        for folder, picture in (("images", example.image), ("masks", Image.fromarray(example.mask.astype(np.uint8)))):
+            place = tmp_path / folder / str(example.labels[0])
+            place.mkdir(parents=True, exist_ok=True)
+            picture.save(place / f"{index}.png")
+    seen: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def note(_: Any, __: Any, masked: Any, *___: Any, validation: Any, **____: Any) -> dict[str, Any]:
+        seen.append((validation.names, masked.names))
+        return {"history": [{"classification_loss": 0, "mask_loss": 0}], "after": None, "score": "probability"}
+
+    monkeypatch.setattr("vitexplain.training.patch_masks.train_patch_masks", note)
+    app = typer.Typer()
+    app.command()(train_pm_command)
+    arguments = ["--output", str(tmp_path / "pm.safetensors"), "--data-option", "count=4", "--validation", "10"]
+    for seed in (0, 0, 1):
+        named = ["--annotated", f"folder:{tmp_path}", "--set", f"seed={seed}"]
+        result = CliRunner().invoke(app, [*arguments, *named])
+        assert result.exit_code == 0, result.output
+    assert seen[0] == seen[1] != seen[2]
+    kept, masked = seen[0]
+    assert len(kept) == 10
+    assert len({*kept, *masked}) == len(kept) + len(masked) == len(examples)
+    assert {Path(name).parent.name for name in kept} == set("0123")

@@ -7,12 +7,20 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..errors import ExplanationWarning, InputError, OptionError, UnknownNameError, UnsupportedModelError
+from ..errors import (
+    CheckpointError,
+    ExplanationWarning,
+    InputError,
+    OptionError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from ..explainer import Subject
 from ..preprocessing import Preprocessing
 from . import adapt
@@ -110,8 +118,10 @@ def load_model(
         checkpoint: `.safetensors`, or a `.pt`/`.pth`/`.bin` state dict (read with ``weights_only=True``). Its
             classifier says how many classes there are. For the embedded models, what ``vitexplain train`` wrote.
         labels: class names in order, or a file of them: JSON list, JSON object by index, or one name a line. By
-            default ImageNet's, where the number of classes is that of one of its sets.
-        preprocessing: fields of `Preprocessing` to override, e.g. ``{"mean": (0.5, 0.5, 0.5)}``.
+            default those in the card of an embedded model's `checkpoint`, or ImageNet's, where the number of classes is
+            that of one of its sets.
+        preprocessing: fields of `Preprocessing` to override, e.g. ``{"mean": (0.5, 0.5, 0.5)}``. By default what the
+            model was trained with, as timm, or the card of an embedded model's `checkpoint`, says.
         device: where to put the model; the CPU by default.
 
     Raises:
@@ -142,9 +152,12 @@ def load_model(
             f"{name} cannot take inputs of {prepare.size[0]}x{prepare.size[1]} pixels: {error}"
         ) from error
     num_classes = _count_classes(name, model)
-    if given is not None and len(given) != num_classes:
-        raise InputError(f"found {len(given)} labels, expected {num_classes}, one for each class of {name}")
-    return LoadedModel(name, model, Subject(adapter, prepare, given or names), weights, num_classes)
+    found = names if given is None else given
+    if found is not None and len(found) != num_classes:
+        raise InputError(
+            f"found {len(found)} labels, expected {num_classes}, one for each class of {name}: pass so many as labels"
+        )
+    return LoadedModel(name, model, Subject(adapter, prepare, found), weights, num_classes)
 
 
 def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
@@ -180,15 +193,33 @@ def _embedded_model(
     name: str,
     checkpoint: str | os.PathLike[str] | None,
 ) -> tuple[nn.Module, str, Sequence[str] | None, Preprocessing]:
-    from ..data.scenes import CLASS_NAMES, MEAN, STD
-    from .embedded import load_checkpoint, load_patch_mask_model, load_scenes_model
+    from ..data.scenes import CLASS_NAMES
+    from .embedded import load_checkpoint, load_patch_mask_model, load_scenes_model, read_checkpoint_card
 
     shipped = load_scenes_model if name == EMBEDDED else load_patch_mask_model
     model = shipped() if checkpoint is None else load_checkpoint(os.fspath(checkpoint))
-    size: Any = cast("Any", model).patch_embed.img_size
+    card = {} if checkpoint is None else read_checkpoint_card(Path(checkpoint))
     names = CLASS_NAMES if model.num_classes == len(CLASS_NAMES) else None
-    prepare = Preprocessing(tuple(size), MEAN, STD, crop_fraction=1.0)  # as trained: scenes are seen whole
-    return model, "embedded" if checkpoint is None else str(checkpoint), names, prepare
+    height, width = cast("Any", model).patch_embed.img_size
+    try:
+        prepare = _card_preprocessing(card, (height, width))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the card of {str(checkpoint)!r} has a preprocessing that cannot be used ({error}); expected the fields "
+            "of Preprocessing: correct them, or train again"
+        ) from error
+    return model, "embedded" if checkpoint is None else str(checkpoint), card.get("classes", names), prepare
+
+
+def _card_preprocessing(card: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+    """How the pictures were prepared that a checkpoint was trained on; what its card does not say is as for scenes."""
+    from ..data.scenes import MEAN, STD
+
+    known = card.get("preprocessing")
+    if known is not None:
+        return Preprocessing(**known)
+    shape = card.get("input_size", (3, *size))
+    return Preprocessing(tuple(shape[1:]), card.get("mean", MEAN), card.get("std", STD), crop_fraction=1.0)
 
 
 def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[nn.Module, str]:

@@ -36,7 +36,8 @@ from .iavit_batches import (
 )
 from .iavit_learners import InterpreterLearner, JointLearner, LabelledImages
 from .iavit_settings import IAViTSettings
-from .lightning_run import check_output, trainer, undisturbed
+from .lightning_run import check_output, interruption, trainer, undisturbed
+from .trained_model import check_precision
 
 if TYPE_CHECKING:
     from .iavit_module import IAViTModule
@@ -146,9 +147,10 @@ def train_iavit(
         As of `train_interpreter`; ``with_model`` is True, and ``preprocessing`` is there.
 
     Raises:
-        InputError: `output` is no place for a checkpoint, or an example has no class of the model.
+        InputError: `output` is no place for a checkpoint, or an example cannot be read or has no class of the model; of
+            `validation`, before training begins.
         CheckpointError: what is to be resumed is broken, or of another training.
-        UnsupportedModelError: the model has no patch tokens, or no attention that can be trained with.
+        UnsupportedModelError: the model has no patch tokens, no attention that can be trained with, or is not float32.
         VitExplainError: Lightning is not installed, or training was interrupted.
     """
     settings = settings if settings is not None else IAViTSettings()
@@ -158,16 +160,20 @@ def train_iavit(
     started = time.monotonic()
     learned = copy.deepcopy(unwrap(model) if isinstance(model, nn.Module) else model)
     adapter = adapt(learned)
+    check_precision(adapter.model)
     examples, held = _with_validation(examples, validation, settings)
     reading = read_frozen(adapter, preprocessing([examples[0].image]), attention=settings.reads_attention)
     (_, patches, width), num_classes = reading.tokens.shape, reading.logits.shape[1]
+    kept = _Repeated(held, preprocessing, num_classes, settings.batch_size)
+    for _ in kept:  # one that cannot be used is to be known before there is work to lose
+        pass
     for parameter in adapter.model.parameters():
         parameter.requires_grad_(True)
     initial = weights_digest(adapter.model)
     learner = JointLearner(adapter, _interpreter(width, patches, num_classes, settings), settings)
     module = IAViTModule(
         learner,
-        _Repeated(held, preprocessing, num_classes, settings.batch_size),
+        kept,
         _state_file(path),
         {"model": initial, "data": _names_digest(examples, held), **settings.must_match()},
     )
@@ -212,11 +218,8 @@ def _fit(
         module.resume()
     with undisturbed(place):
         trainer(place, logs, progress=progress).fit(module, numbered(batches, module.step, settings))
-    if module.step < settings.steps:
-        raise VitExplainError(
-            f"training stopped after {module.step} steps; what was reached by the last evaluation is kept in "
-            f"{module.state}: go on with resume"
-        )
+    if not module.finished:
+        raise VitExplainError(interruption(module.step, module.state))
 
 
 def _finished(

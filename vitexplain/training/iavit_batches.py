@@ -26,7 +26,7 @@ _ORDER, _CROPS = range(2)  # independent random streams
 
 
 def read_images(adapter: ModelAdapter, batches: Iterable[Any], limit: int | None, *, attention: bool) -> TrunkReading:
-    """Reads a frozen model on the first images of some batches; on the CPU, all images in one size.
+    """Reads a frozen model on the first images of some batches; on the CPU, in float32, all images in one size.
 
     Args:
         adapter: the model.
@@ -43,7 +43,7 @@ def read_images(adapter: ModelAdapter, batches: Iterable[Any], limit: int | None
     left = limit
     for batch in batches:
         images = images_of(batch)[:left]
-        parts.append(TrunkReading(*(each.cpu() for each in read_frozen(adapter, images, attention=attention))))
+        parts.append(TrunkReading(*(each.float().cpu() for each in read_frozen(adapter, images, attention=attention))))
         if parts[-1].tokens.shape[1:] != parts[0].tokens.shape[1:]:
             raise InputError("found images of several sizes, expected one: an interpreter learns from one grid")
         left = None if left is None else left - len(images)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from .diffmask_state import read_training_state, write_training_state
 from .iavit_learners import InterpreterLearner
 from .iavit_settings import IAViTSettings
+from .trained_model import undecayed
 
 _SPREAD = 1_000_003  # a prime, so that steps of neighbouring seeds draw different dropout
 _MOMENTUM = 0.9
@@ -26,7 +27,7 @@ class IAViTModule(lightning.LightningModule):
     Args:
         learner: what is trained.
         validation: batches to evaluate on, iterated anew each time.
-        state: file that an interrupted training can go on from; written at each evaluation.
+        state: file that an interrupted training can go on from; written before each evaluation.
         identity: what the file is good for: model, settings, data.
 
     Attributes:
@@ -47,6 +48,11 @@ class IAViTModule(lightning.LightningModule):
         self.best: dict[str, Any] | None = None
         self._recent: list[float] = []
         self._resumed: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made, and evaluated."""
+        return self.step == self.learner.settings.steps and not self._recent
 
     def resume(self) -> None:
         """Goes on from the file, once training starts.
@@ -75,8 +81,11 @@ class IAViTModule(lightning.LightningModule):
             self._optimizer.load_state_dict(self._resumed["optimizer"])
             self._schedule.load_state_dict(self._resumed["schedule"])
             self.history, self.best = self._resumed["history"], self._resumed["best"]
+            self._recent = self._resumed["recent"]
             self._resumed = None
         self.learner.train()
+        if self._recent:  # what was saved is not evaluated yet
+            self._evaluate()
 
     def training_step(self, batch: Any, _: int) -> None:
         settings = self.learner.settings
@@ -90,7 +99,10 @@ class IAViTModule(lightning.LightningModule):
         self.step += 1
         self._recent.append(objective.loss.item())
         if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
+            self._save()  # first, so that an evaluation that fails costs no steps
             self._evaluate()
+            shown = {name: self.history[-1][name] for name in ("loss", "agreement")}
+            self.log_dict(shown, prog_bar=True, logger=False)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -103,11 +115,8 @@ class IAViTModule(lightning.LightningModule):
         if math.isfinite(entry["loss"]) and (self.best is None or entry["loss"] < self.best["figures"]["loss"]):
             weights = {name: each.detach().cpu().clone() for name, each in self.learner.state_dict().items()}
             self.best = {"figures": entry, "weights": weights}
-        self.log_dict({"loss": entry["loss"], "agreement": entry["agreement"]}, prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics({name: value for name, value in entry.items() if name != "step"}, step=self.step)
-        if self.step < self.learner.settings.steps:
-            self._save()
 
     def _save(self) -> None:
         kept = {
@@ -116,6 +125,7 @@ class IAViTModule(lightning.LightningModule):
             "schedule": self._schedule.state_dict(),
             "history": self.history,
             "best": self.best,
+            "recent": self._recent,
             "step": self.step,
         }
         write_training_state(self.state, self.identity, kept)
@@ -146,12 +156,11 @@ def mean_figures(learner: InterpreterLearner, batches: Iterable[Any], device: to
 
 def parameter_groups(learner: nn.Module, settings: IAViTSettings) -> list[dict[str, Any]]:
     """Parameters by learning rate and weight decay; those of the interpreter may have a rate of their own."""
-    undecayed = {f"model.{name}" for name in getattr(getattr(learner, "model", None), "no_weight_decay", set)()}
+    spared = undecayed(learner)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in learner.named_parameters():
         own = settings.interpreter_rate if name.startswith("interpreter.") else 0.0
-        decayed = parameter.ndim > 1 and name not in undecayed
-        key = (own or settings.learning_rate, settings.weight_decay if decayed else 0.0)
+        key = (own or settings.learning_rate, 0.0 if name in spared else settings.weight_decay)
         groups.setdefault(key, []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 

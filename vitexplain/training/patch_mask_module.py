@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import VitExplainError
 from ..layout import to_tokens
 from ..models.adapter import ModelAdapter
 from ..models.token_head import TokenHead
@@ -17,6 +18,7 @@ from .diffmask_state import read_training_state, write_training_state
 from .patch_mask_batches import PatchMaskBatch
 from .patch_mask_losses import mask_loss, patch_cover
 from .patch_mask_settings import PatchMaskSettings
+from .trained_model import undecayed
 
 _SPREAD = 1_000_003  # a prime, so that steps of neighbouring seeds draw different dropout
 
@@ -28,7 +30,7 @@ class PatchMaskModule(lightning.LightningModule):
         adapter: the model that is trained.
         head: its own norm and classifier, on single tokens.
         settings: the recipe.
-        state: file that an interrupted training can go on from.
+        state: file that an interrupted training can go on from; written after the last step, too.
         identity: what the file is good for: model, settings, data.
         before: the model as it was, in evaluation mode, where the recipe distils it.
 
@@ -89,19 +91,29 @@ class PatchMaskModule(lightning.LightningModule):
         answers = self._answers(batch)
         classification = F.cross_entropy(logits, answers, label_smoothing=settings.label_smoothing)
         masked = self._mask_loss(tokens[-len(batch.masks) :], batch)
+        loss = classification + settings.mask_weight * masked
+        self._check("loss", loss)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * settings.share_of_rate(self.step)
         optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(classification + settings.mask_weight * masked)
-        nn.utils.clip_grad_norm_(self.parameters(), settings.gradient_clip)
+        self.manual_backward(loss)
+        self._check("gradient", nn.utils.clip_grad_norm_(self.parameters(), settings.gradient_clip))
         optimizer.step()
         self.step += 1
         self._recent.append((classification.item(), masked.item()))
         if self.step % settings.log_every == 0 or self.step == settings.steps:
             self._log()
-        if self.step % settings.save_every == 0 and self.step < settings.steps:
+        if self.step % settings.save_every == 0 or self.step == settings.steps:
             self._save(optimizer)
+
+    def _check(self, what: str, value: Tensor) -> None:
+        """Stops training before NaN reaches the weights, and with them the file that an earlier training wrote."""
+        if not value.isfinite():
+            raise VitExplainError(
+                f"training gave no {what} that is a number at step {self.step + 1}, but {value.item()}; no weights "
+                "were written. Lower learning_rate, head_rate or mask_weight, and start anew without resume"
+            )
 
     def _answers(self, batch: PatchMaskBatch) -> Tensor:
         """What the image's class should be: the labels (B,), or the probabilities (B, C) from before the training."""
@@ -159,7 +171,7 @@ def parameter_groups(adapter: ModelAdapter, head: TokenHead, settings: PatchMask
     `layer_decay` times that of the one above it, and everything else once more.
     """
     names = {id(parameter): name for name, parameter in adapter.model.named_parameters()}
-    undecayed = set(getattr(adapter.model, "no_weight_decay", set)())
+    spared = undecayed(adapter.model)
     places: list[tuple[int, list[nn.Module]]] = [(-1, list(head.heads)), (0, list(head.norms))]
     places += [(depth, [each.block]) for depth, each in enumerate(reversed(adapter.blocks))]
     places += [(len(adapter.blocks), [adapter.model])]
@@ -172,9 +184,9 @@ def parameter_groups(adapter: ModelAdapter, head: TokenHead, settings: PatchMask
                 continue
             parameter.requires_grad_(depth < frozen_from)
             rate = settings.head_rate if depth < 0 else settings.learning_rate * settings.layer_decay**depth
-            decayed = parameter.ndim > 1 and name not in undecayed
+            decay = 0.0 if name in spared else settings.weight_decay
             if parameter.requires_grad:
-                groups.setdefault((rate, settings.weight_decay if decayed else 0.0), []).append(parameter)
+                groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "rate": rate, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()

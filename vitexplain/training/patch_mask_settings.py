@@ -39,7 +39,7 @@ class PatchMaskSettings:
         most_squeezed: largest change of the crop's aspect ratio, as a factor of 1 or more.
         flip: whether pictures are mirrored half of the time.
         log_every: steps between two entries of the log.
-        save_every: steps between two savings of what an interrupted training goes on from.
+        save_every: steps between two savings of what an interrupted training goes on from; the last step is saved, too.
         workers: processes that prepare images; 0 prepares them in this one.
         seed: decides batches, crops and dropout.
     """

@@ -32,10 +32,11 @@ from ..models.fingerprint import weights_digest
 from ..models.token_head import TokenHead, token_head
 from ..needs import Needs
 from ..preprocessing import Preprocessing
-from .lightning_run import check_output, trainer, undisturbed
+from .lightning_run import check_output, interruption, trainer, undisturbed
 from .patch_mask_batches import PatchMaskBatches
 from .patch_mask_evaluation import evaluate_patch_masks
 from .patch_mask_settings import PatchMaskSettings
+from .trained_model import check_precision
 
 __all__ = ["PatchMaskSettings", "train_patch_masks"]
 
@@ -76,15 +77,15 @@ def train_patch_masks(
 
     Returns:
         What the JSON file holds: the entries of `card`, ``method``, ``score`` (the option of `pm` that fits the loss),
-        ``model`` (kind and SHA-256 of the weights that training began with), ``training`` (the recipe), ``labelled``
-        and ``annotated`` (how many), ``history``, ``before`` and ``after`` (figures of `validation`),
-        ``wall_seconds`` and ``versions``.
+        ``model`` (kind and SHA-256 of the weights that training began with), ``preprocessing``, ``training`` (the
+        recipe), ``labelled`` and ``annotated`` (how many), ``history``, ``before`` and ``after`` (figures of
+        `validation`), ``wall_seconds`` and ``versions``.
 
     Raises:
         InputError: `output` is no place for a checkpoint, or an example lacks what it is used for.
         CheckpointError: what is to be resumed is broken, or of another training.
-        UnsupportedModelError: the model has no linear head that reads tokens.
-        VitExplainError: Lightning is not installed, or training was interrupted.
+        UnsupportedModelError: the model has no linear head that reads tokens, or is not float32.
+        VitExplainError: Lightning is not installed, or training was interrupted or gave no number as its loss.
     """
     settings = settings if settings is not None else PatchMaskSettings()
     path = check_output(output)
@@ -92,6 +93,7 @@ def train_patch_masks(
 
     started = time.monotonic()
     learner = _copied(model)
+    check_precision(learner.model)
     head, num_classes = _examined(learner, preprocessing.size)
     batches = PatchMaskBatches(labelled, annotated, preprocessing, settings, num_classes)
     initial = weights_digest(learner.model)
@@ -106,15 +108,14 @@ def train_patch_masks(
     with undisturbed(place):
         trainer(place, logs, progress=progress).fit(module, _loader(batches, module.step))
     if module.step < settings.steps:
-        raise VitExplainError(
-            f"training stopped after {module.step} steps; what was last saved is kept in {state}: go on with resume"
-        )
+        raise VitExplainError(interruption(module.step, state))
     learner.model.to(place).eval()
     record = {
         **(card or {}),
         "method": "pm",
         "score": settings.score,
         "model": {"kind": type(learner.model).__name__, "num_classes": num_classes, "sha256": initial},
+        "preprocessing": preprocessing.to_dict(),
         "training": dataclasses.asdict(settings),
         "labelled": len(labelled),
         "annotated": len(annotated),

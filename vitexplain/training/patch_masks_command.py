@@ -70,7 +70,7 @@ def train_pm_command(
         typer.Option("--set", metavar="NAME=VALUE", help="A field of PatchMaskSettings; may be repeated."),
     ] = None,
     validation: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Images kept from --annotated to measure on; 0 measures nothing.")
+        int, typer.Option(min=0, metavar="N", help="Images kept from --annotated, at random, to measure on; 0: none.")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted training.")] = False,
     logs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where metrics.csv goes.")] = None,
@@ -91,7 +91,7 @@ def train_pm_command(
         masked, labelled = _split(labelled, share, settings.seed)
     else:
         masked = _open(annotated, annotated_option or (), loaded, {})
-    kept, masked = masked[:validation], masked[validation:]
+    kept, masked = _drawn(masked, validation, settings.seed) if validation else ([], masked)
     if not len(masked):
         raise InputError(f"found {len(kept)} images with masks, all kept by --validation; expected some to train on")
     if pseudo_masks is not None:
@@ -156,13 +156,18 @@ def _open(spec: str, options: Sequence[str], loaded: LoadedModel, more: Mapping[
 
 def _split(examples: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """A random share of the examples, and the others."""
+    count = round(share * len(examples))
+    if not 0 < count < len(examples):
+        raise OptionError(f"--share: found {share}, which is {count} of {len(examples)} images; expected some, not all")
+    return _drawn(examples, count, seed)
+
+
+def _drawn(examples: Sequence[Example], count: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
+    """So many of the examples at random, since readers list them by class, and the others."""
     import numpy as np
 
     from ..data import ExampleSequence
 
-    count = round(share * len(examples))
-    if not 0 < count < len(examples):
-        raise OptionError(f"--share: found {share}, which is {count} of {len(examples)} images; expected some, not all")
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     if isinstance(examples, ExampleSequence):
         return examples.select(order[:count]), examples.select(order[count:])
