@@ -16,6 +16,7 @@ from vitexplain import Explanation, InputError, OptionError, get_explainer
 from vitexplain.boxes import ANNOTATED, FOUND, draw_boxes, heatmap_to_boxes
 from vitexplain.cli import app
 from vitexplain.data import open_dataset
+from vitexplain.render import evidence
 
 GREY = 100
 
@@ -115,6 +116,17 @@ def test_an_overlay_shows_annotated_boxes_and_those_around_the_heat() -> None:
     np.testing.assert_array_equal(both, draw_boxes(annotated, found))
 
 
+def test_boxes_of_signed_maps_go_around_what_speaks_for_the_target() -> None:
+    scores = torch.zeros(3, 2, 3)
+    scores[0, 0, 0], scores[0, 1, 2] = 1.0, -0.9
+    scores[1, 1, 2] = -1.0
+    explained, usual = explanation(scores, signed=True), explanation(scores.clamp(min=0))
+    pictures, plainly = plain(3), explanation(scores, signed=True).overlay(plain(3))
+    expected = heatmap_to_boxes(usual.heatmap((20, 30)), 0.3)
+    assert [len(each) for each in expected] == [1, 0, 0]
+    np.testing.assert_array_equal(explained.overlay(pictures, box_threshold=0.3), draw_boxes(plainly, expected))
+
+
 def test_each_of_several_targets_has_its_own_boxes() -> None:
     scores = torch.zeros(1, 2, 2, 3)
     scores[0, 0, 0, 0], scores[0, 1, 1, 2] = 1.0, 1.0
@@ -146,6 +158,12 @@ def test_the_command_draws_and_records_boxes(tmp_path: Path) -> None:
     assert boxed["boxes"]
     with Image.open(tmp_path / "boxes" / boxed["overlay"]) as picture:
         np.testing.assert_array_equal(np.array(picture), explained.overlay(box_threshold=0.6)[0])
+    arguments = ["explain", str(tmp_path / "scene.png"), "--method", "attnlrp", "--boxes", "0.4"]
+    assert CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "signed")]).exit_code == 0
+    signed = get_explainer("attnlrp", "scenes")(tmp_path / "scene.png")
+    assert signed.signed
+    (record,) = json.loads((tmp_path / "signed" / "scene.json").read_text())["maps"]
+    assert record["boxes"] == heatmap_to_boxes(evidence(signed.heatmap(), signed=True), 0.4)[0].tolist()
     refused = CliRunner().invoke(
         app, ["explain", str(tmp_path / "scene.png"), "--boxes", "1", "--output", str(tmp_path)]
     )

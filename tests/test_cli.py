@@ -201,9 +201,12 @@ class TestExplain:
         assert result.stderr.splitlines()[0] == "fetching the pretrained weights of timm:test_vit from the hub"
         assert logging.getLogger("vitexplain").handlers == []
 
-    def test_out_of_memory(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("kind", ["python", "torch"])
+    def test_out_of_memory(self, kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
-            raise MemoryError
+            if kind == "python":
+                raise MemoryError
+            torch.empty(10**15)  # more than there is
 
         monkeypatch.setattr("vitexplain.explain_files.explain_with", fail)
         refusal(explain(folder, "--output", tmp_path), "out of memory .*smaller --batch-size")

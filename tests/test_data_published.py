@@ -112,9 +112,13 @@ class TestCoco:
         assert "7.jpg#cat" not in examples.names
         assert examples.notes == ("1 categories left out where a picture shows only crowds or objects without area",)
 
-    def test_boxes_alone(self, tmp_path: Path, content: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("empty", [False, True])
+    def test_boxes_alone(self, empty: bool, tmp_path: Path, content: dict[str, Any]) -> None:
         for each in content["annotations"]:
-            del each["segmentation"]
+            if empty:
+                each["segmentation"] = []
+            else:
+                del each["segmentation"]
         example = self.open(tmp_path, content)[0]
         assert example.mask is None
         assert example.boxes is not None

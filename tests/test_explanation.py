@@ -11,7 +11,16 @@ from families import make_images, make_model
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from vitexplain import Explainer, Explanation, InputError, TargetError, adapt, create_method, get_explainer
+from vitexplain import (
+    Explainer,
+    Explanation,
+    InputError,
+    OptionError,
+    TargetError,
+    adapt,
+    create_method,
+    get_explainer,
+)
 from vitexplain.explainer import Subject
 from vitexplain.preprocessing import Preprocessing
 
@@ -66,6 +75,8 @@ def test_slices_hold_the_same_maps() -> None:
     assert isinstance(part, Explanation)
     torch.testing.assert_close(part.scores, explanation.scores[1:2])
     torch.testing.assert_close(explanation[-1].logits, explanation.logits[2:])
+    for number in (np.int64(1), np.array(1), torch.tensor(1)):
+        torch.testing.assert_close(explanation[number].scores, part.scores)
     assert len(explanation[1:]) == 2
     assert explanation[:2].diagnostics["prefix_share"].shape == (2, 2)
     with pytest.raises(IndexError, match="found image 3"):
@@ -159,6 +170,19 @@ def test_targets_for_another_number_of_images_are_refused(target: object) -> Non
             get_explainer("rollout", make_model("cls"))(make_images("cls", batch=4), target, batch_size=batch_size)
 
 
+def test_attribute_takes_one_image(subject: Subject) -> None:
+    explainer, images = Explainer(create_method("tokentm"), subject), make_images("cls", batch=1)
+    torch.testing.assert_close(explainer.attribute(images[0], 2), explainer.attribute(images, 2))
+
+
+def test_numbers_that_are_no_images_or_batch_sizes_are_refused(subject: Subject) -> None:
+    explainer = Explainer(create_method("tokentm"), subject)
+    with pytest.raises(InputError, match="found the number 3"):
+        explainer(torch.tensor(3.0))
+    with pytest.raises(OptionError, match=r"batch_size=1\.5"):
+        explainer(make_images("cls"), batch_size=1.5)
+
+
 def test_attribute_gives_one_map(subject: Subject) -> None:
     with pytest.raises(TargetError, match="2 targets an image"):
         Explainer(create_method("tokentm"), subject).attribute(make_images("cls"), [[0, 1], [1, 2]])
@@ -194,7 +218,7 @@ def test_repr_names_method_shape_and_targets() -> None:
 
 
 def test_several_methods_are_checked_before_any_work() -> None:
-    from vitexplain import OptionError, UnsupportedModelError, explain_with
+    from vitexplain import UnsupportedModelError, explain_with
 
     subject = Subject.of(make_model("cls"))
     with pytest.raises(OptionError, match="no methods"):

@@ -198,7 +198,8 @@ class TestFuzzing:
 class TestFindImages:
     @pytest.fixture
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        for name in ("b.png", "a.JPG", "notes.txt", "scan.dat", ".hidden.png", "sub/c.webp", "sub/deep/d.tif"):
+        pictures = ("b.png", "a.JPG", ".hidden.png", ".cache/e.png", "sub/c.webp", "sub/deep/d.tif")
+        for name in (*pictures, "notes.txt", "scan.dat"):
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()

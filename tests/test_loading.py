@@ -440,6 +440,8 @@ class TestLabels:
             find_class("name9x", [f"name{index}" for index in range(99)], 99)
         with pytest.raises(UnknownNameError, match="no labels are known"):
             find_class("lion", None, 6)
+        with pytest.raises(UnknownNameError, match="no class called '777"):
+            find_class("7" * 5000, labels, 6)
         for text in ("-1", "6", "5000"):
             with pytest.raises(TargetError, match=f"found class {text}, expected 0 to 5"):
                 find_class(text, labels, 6)

@@ -100,6 +100,18 @@ def test_filters() -> None:
     assert list_methods(trainable=True) == ["diffmask", "diffmask_class", "iavit"]
 
 
+def test_threads_that_come_first_all_find_the_methods() -> None:
+    words = (
+        "import threading; from vitexplain import method_info\n"
+        "found = []\n"
+        "threads = [threading.Thread(target=lambda: found.append(method_info('vit_cx').name)) for _ in range(4)]\n"
+        "[each.start() for each in threads]; [each.join() for each in threads]\n"
+        "assert found == ['vit_cx'] * 4, found"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def _clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     list_methods()

@@ -358,6 +358,13 @@ def test_wrong_output(tmp_path: Path, name: str) -> None:
         train_classifier(tmp_path / name, TINY, progress=False)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_output_that_is_a_folder_is_told_before_training(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="found the folder"):
+        train_classifier(tmp_path / "model.safetensors", TINY, progress=False)
+
+
 # -- broken checkpoints ------------------------------------------------------------------------------------------
 
 

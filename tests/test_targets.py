@@ -26,6 +26,7 @@ LOGITS = torch.tensor([[0.0, 3.0, 1.0, -2.0], [5.0, 0.5, 1.5, 2.5]])
         (torch.tensor([3, 1]), [3, 1]),
         (np.array([3, 1], dtype=np.int32), [3, 1]),
         (torch.tensor(2, dtype=torch.uint8), [2, 2]),
+        (np.array([3, 1], dtype=np.uint16), [3, 1]),
         ([[0, 1, 2], [3, 2, 1]], [[0, 1, 2], [3, 2, 1]]),
         (torch.tensor([[0], [3]]), [[0], [3]]),
     ],

@@ -54,7 +54,7 @@ def heatmap_to_boxes(heatmaps: Tensor, threshold: float = 0.5, *, largest: bool 
     Source: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right, CVPR 2020; and its code.
 
     Args:
-        heatmaps: (B, H, W) in [0, 1], as `Explanation.heatmap` gives them.
+        heatmaps: (B, H, W) in [0, 1], as `Explanation.heatmap` gives them; of signed maps, their `render.evidence`.
         threshold: share of a map's highest level, in [0, 1).
         largest: only the box of the contour that encloses the largest area.
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from typer.core import TyperGroup
 
@@ -21,7 +20,7 @@ from .bench.command import EXAMPLES, bench_command
 from .cli_train import train_app
 from .comparison.command import EXAMPLES as COMPARE_EXAMPLES
 from .comparison.command import compare_command
-from .errors import ExplanationWarning, UnknownNameError, VitExplainError
+from .errors import ExplanationWarning, UnknownNameError, VitExplainError, is_out_of_memory
 from .export.command import EXAMPLES as EXPORT_EXAMPLES
 from .export.command import export_command
 
@@ -44,8 +43,10 @@ class _Commands(TyperGroup):
                 return super().invoke(ctx)
         except VitExplainError as error:
             _say(f"error: {' '.join(str(error).splitlines())}")
-        except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-            _say(f"error: out of memory ({type(error).__name__}). Try a smaller --batch-size")
+        except (MemoryError, RuntimeError) as error:  # torch has a class of its own on a GPU, and none on the CPU
+            if not is_out_of_memory(error):
+                raise
+            _say(f"error: out of memory ({type(error).__name__}). Try a smaller --batch-size, --size or model")
         except KeyboardInterrupt as interruption:
             known = " ".join(str(interruption).splitlines())
             _say(f"interrupted; {known or 'results finished before this are complete'}")
@@ -158,6 +159,7 @@ def explain(
 
     Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
+    from .automatic import NAME as AUTOMATIC
     from .automatic import automatic
     from .cli_values import configure_methods, read_numbers, read_size
     from .explain_files import explain_to_folder
@@ -173,7 +175,7 @@ def explain(
         "crop_mode": crop_mode,
     }
     preprocessing = {name: value for name, value in asked.items() if value is not None}
-    methods = configure_methods(method, option or []) if method else None
+    methods = configure_methods(method, option or []) if method and method != [AUTOMATIC] else None
     files = find_images(images)
     loaded = load_model(model, checkpoint=checkpoint, labels=labels, preprocessing=preprocessing, device=device)
     methods = methods or configure_methods([automatic(loaded.subject).info.name], option or [])

@@ -21,7 +21,7 @@ from .explanation import Explanation
 from .files import distinct_names, make_folder, save_json, save_scores
 from .method import Method
 from .models.loading import LoadedModel
-from .render import save_png
+from .render import evidence, save_png
 
 _MOST_LIKELY = 5
 
@@ -170,8 +170,8 @@ class _Writer:
         }
         columns = {key: values.reshape(-1).tolist() for key, values in figures.items()}
         if self.box_threshold is not None:
-            heatmaps = explanation.heatmap().reshape(-1, *explanation.image_size)
-            columns["boxes"] = [boxes.tolist() for boxes in heatmap_to_boxes(heatmaps, self.box_threshold)]
+            hot = evidence(explanation.heatmap(), explanation.signed).reshape(-1, *explanation.image_size)
+            columns["boxes"] = [boxes.tolist() for boxes in heatmap_to_boxes(hot, self.box_threshold)]
         return [
             {
                 "method": explanation.method,

@@ -59,9 +59,11 @@ class Subject:
 
         Raises:
             InputError: a file cannot be read, pictures were given and the preprocessing is not known, or what was
-                given are the named inputs of a model.
+                given are the named inputs of a model, or a number.
         """
         if isinstance(images, Tensor):
+            if images.ndim == 0:
+                raise InputError(f"found the number {images.item()}, expected a tensor (B, 3, H, W) or (3, H, W)")
             return images[None] if images.ndim == 3 else images
         if isinstance(images, Mapping):
             raise InputError(
@@ -146,7 +148,8 @@ class Explainer:
         """The same map in the shape captum and Quantus take: upsampled to the input, repeated over its channels.
 
         Args:
-            inputs: (B, 3, H, W), normalised; or a tuple of that one tensor, as captum's metrics pass it on.
+            inputs: (B, 3, H, W), or one image (3, H, W), normalised; or a tuple of that one tensor, as captum's metrics
+                pass it on.
             target: one target an image, as for a call.
 
         Returns:
@@ -162,9 +165,8 @@ class Explainer:
         scores = self(inputs, target).scores
         if scores.ndim != 3:
             raise TargetError(f"found {scores.shape[1]} targets an image, expected one: attribute gives one map")
-        return upsample(scores, (inputs.shape[-2], inputs.shape[-1]), "bilinear")[:, None].repeat(
-            1, inputs.shape[1], 1, 1
-        )
+        channels, *size = inputs.shape[-3:]
+        return upsample(scores, (size[0], size[1]), "bilinear")[:, None].repeat(1, channels, 1, 1)
 
 
 def explain_with(
@@ -191,7 +193,7 @@ def explain_with(
     if isinstance(target, Sequence) and not isinstance(target, list | tuple | str):
         target = cast("Target", list(target))
     inputs = subject.prepare(images)
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"found batch_size={batch_size}, expected a whole number >= 1 or None")
     check_length(target, len(inputs))
     step, start, at_once = min(batch_size or len(inputs), len(inputs)), 0, batch_size is not None

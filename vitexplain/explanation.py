@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -74,9 +75,10 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, rows: int | slice) -> Explanation:
-        """The explanation of some images; an int gives a batch of one."""
-        if isinstance(rows, int):
+    def __getitem__(self, rows: SupportsIndex | slice) -> Explanation:
+        """The explanation of some images; a whole number, also NumPy's, gives a batch of one."""
+        if isinstance(rows, SupportsIndex) and np.ndim(rows) == 0:  # arrays may be such numbers, too
+            rows = operator.index(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"found image {rows}, expected {-len(self)} to {len(self) - 1}")
             rows = slice(rows % len(self), rows % len(self) + 1)
@@ -153,7 +155,7 @@ class Explanation:
             pictures: uint8 (B, H, W, 3) RGB; by default the model's own input.
             boxes: annotated boxes of each image, B of (n, 4) x0, y0, x1, y1 in pixels of the pictures; drawn in blue.
             box_threshold: draws white boxes around what is hotter than this share of each map's highest heat, as
-                `vitexplain.boxes.heatmap_to_boxes` finds them.
+                `vitexplain.boxes.heatmap_to_boxes` finds them; of signed maps, around what speaks for the target.
             **style: `colormap`, `alpha`, `mode` of `render.overlay`.
 
         Returns:
@@ -174,7 +176,7 @@ class Explanation:
             if boxes is not None:
                 drawn = draw_boxes(drawn, boxes, color=ANNOTATED)
             if box_threshold is not None:
-                drawn = draw_boxes(drawn, heatmap_to_boxes(maps, box_threshold))
+                drawn = draw_boxes(drawn, heatmap_to_boxes(render.evidence(maps, self.signed), box_threshold))
             overlays.append(drawn)
         return overlays[0] if heatmaps.ndim == 3 else np.stack(overlays, axis=1)
 

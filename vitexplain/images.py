@@ -107,7 +107,7 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     """Lists the picture files that a user means by files, folders and glob patterns.
 
     Files that are named stay whatever their suffix; folders are searched recursively for `IMAGE_SUFFIXES`, in sorted
-    order and without hidden files; a pattern keeps pictures, or what its own suffix says (``"scans/*.dat"``).
+    order and without what is hidden; a pattern keeps pictures, or what its own suffix says (``"scans/*.dat"``).
 
     Args:
         inputs: one or several files, folders or patterns (``*``, ``?``, ``[...]``, ``**``).
@@ -160,12 +160,11 @@ def _walk(folder: str) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"the folder {error.filename!r} cannot be searched: {error.strerror}.") from error
 
-    files = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-    ]
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # where it goes next
+        visible = (name for name in names if not name.startswith("."))
+        files += [Path(parent, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     yield from sorted(files)
 
 

@@ -33,6 +33,8 @@ INTERPOLATIONS = {
 CROP_MODES = ("center", "squash", "border")
 """Names of the ways to bring a picture into the model's shape."""
 
+_LEVELS = "; those of levels up to 255 divided by 255"
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -49,7 +51,7 @@ class Preprocessing:
     Attributes:
         size: height and width of the input in pixels.
         mean: mean of each of the three channels, on the scale [0, 1].
-        std: standard deviation of each channel, above 0.
+        std: standard deviation of each channel, on the same scale: above 0 and at most 1.
         interpolation: one of `INTERPOLATIONS`.
         crop_fraction: part of the resized picture that the crop keeps, in (0, 1].
         crop_mode: one of `CROP_MODES`.
@@ -74,10 +76,12 @@ class Preprocessing:
         _check_choice("crop_mode", self.crop_mode, CROP_MODES)
         if not _numbers(self.size, 2) or not all(isinstance(side, int) and side > 0 for side in self.size):
             raise OptionError(f"size is {self.size!r}, expected (height, width) in whole pixels, such as (224, 224).")
-        if not _numbers(self.mean, 3):
-            raise OptionError(f"mean is {self.mean!r}, expected three numbers in [0, 1] (red, green, blue).")
-        if not _numbers(self.std, 3) or min(self.std) <= 0:
-            raise OptionError(f"std is {self.std!r}, expected three numbers above 0 (red, green, blue).")
+        if not _numbers(self.mean, 3) or not 0 <= min(self.mean) <= max(self.mean) <= 1:
+            raise OptionError(f"mean is {self.mean!r}, expected three numbers from 0 to 1 (red, green, blue){_LEVELS}")
+        if not _numbers(self.std, 3) or not 0 < min(self.std) <= max(self.std) <= 1:
+            raise OptionError(
+                f"std is {self.std!r}, expected three numbers above 0 and at most 1 (red, green, blue){_LEVELS}"
+            )
         if not _numbers((self.crop_fraction,), 1) or not 0 < self.crop_fraction <= 1:
             raise OptionError(f"crop_fraction is {self.crop_fraction!r}, expected a number above 0 and at most 1.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class MethodInfo:
 
 
 _methods: dict[str, MethodInfo] = {}
-_loaded = False
+_loaded = _loading = False
+_LOADING = threading.RLock()
 
 
 def register_method(
@@ -147,10 +149,22 @@ def squash(name: str) -> str:
 
 
 def _load() -> None:
-    global _loaded
+    """Loads all methods, once; other threads wait until they are there."""
+    global _loaded, _loading
     if _loaded:
         return
-    _loaded = True
+    with _LOADING:  # which one thread may enter again, since a method that is loaded may ask for others
+        if _loaded or _loading:
+            return
+        _loading = True
+        try:
+            _load_everything()
+            _loaded = True
+        finally:
+            _loading = False
+
+
+def _load_everything() -> None:
     package = importlib.import_module("vitexplain.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

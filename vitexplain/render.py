@@ -70,6 +70,14 @@ def upsample(
     return enlarged.reshape(*scores.shape[:-2], *size)
 
 
+def evidence(heat: Tensor, signed: bool) -> Tensor:
+    """The part of heat in [0, 1] that speaks for the target, in [0, 1] again.
+
+    That is all of it, or where scores are signed what lies above their zero at 0.5.
+    """
+    return (2 * heat - 1).clamp(min=0) if signed else heat
+
+
 def normalise(
     maps: Tensor,
     signed: bool = False,

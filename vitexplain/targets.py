@@ -197,11 +197,11 @@ def _classes(target: object, logits: Tensor) -> tuple[Tensor, bool]:
         raise TargetError(f"found a target of {classes.dtype}, expected whole class indices: {FORMS}")
     if classes.ndim > 2 or (classes.ndim > 0 and classes.shape[0] != batch) or not classes.numel():
         raise TargetError(f"found a target of shape {tuple(classes.shape)} for {batch} images, expected {FORMS}")
+    # clone: a tensor made in the caller's inference_mode cannot take part in a graph
+    classes = classes.to(device=logits.device, dtype=torch.int64).clone()
     for found in map(int, classes.aminmax()):
         if not 0 <= found < count:
             raise TargetError(f"found class {found}, expected 0 to {count - 1}: the model has {count} classes")
-    # clone: a tensor made in the caller's inference_mode cannot take part in a graph
-    classes = classes.to(device=logits.device, dtype=torch.int64).clone()
     if classes.ndim == 2:
         return classes, False
     return classes.expand(batch)[:, None], True

@@ -12,7 +12,17 @@ from torch import Tensor
 from ..boxes import draw_boxes, heatmap_to_boxes
 from ..errors import InputError, UnknownNameError
 from ..metrics.ordering import rank
-from ..render import SIGNED_COLORMAP, UNSIGNED_COLORMAP, Pixels, colourise, contours, normalise, overlay, upsample
+from ..render import (
+    SIGNED_COLORMAP,
+    UNSIGNED_COLORMAP,
+    Pixels,
+    colourise,
+    contours,
+    evidence,
+    normalise,
+    overlay,
+    upsample,
+)
 
 VIEWS = ("overlay", "heatmap", "contours", "mask", "box", "patches")
 """Names that `draw_view` knows."""
@@ -80,14 +90,14 @@ def draw_view(
         return colourise(heat, colormap or (SIGNED_COLORMAP if signed else UNSIGNED_COLORMAP))
     if view == "overlay":
         return overlay(picture, heat, signed=signed, colormap=colormap)
-    evidence = (2 * heat - 1).clamp(min=0) if signed else heat
+    hot = evidence(heat, signed)
     if view == "contours":
-        return contours(picture, evidence, levels=_LEVELS, thickness=thickness)
+        return contours(picture, hot, levels=_LEVELS, thickness=thickness)
     if view == "mask":
-        return _spotlight(picture, (evidence >= _THRESHOLD).numpy())
+        return _spotlight(picture, (hot >= _THRESHOLD).numpy())
     if view == "patches":
         return _spotlight(picture, highest_patches(scores, picture.shape[:2], share))
-    boxes = heatmap_to_boxes(evidence[None], _THRESHOLD, largest=True)
+    boxes = heatmap_to_boxes(hot[None], _THRESHOLD, largest=True)
     (boxed,) = draw_boxes(picture[None], boxes, thickness=thickness)
     return np.asarray(boxed, np.uint8)
 

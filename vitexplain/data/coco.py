@@ -110,11 +110,13 @@ def _entry(
     masked = True
     for record in records:
         crowd = record.has("iscrowd") and record.flag("iscrowd")
-        if record.has("segmentation"):
-            (crowds if crowd else objects).append(check_segmentation(record, size))
-        else:
+        boxed = not crowd and 0 not in record.sequence("bbox")[2:4]
+        segmentation = check_segmentation(record, size) if record.has("segmentation") else None
+        if segmentation:
+            (crowds if crowd else objects).append(segmentation)
+        elif segmentation is None or boxed:  # lists of objects that were only boxed have empty ones
             masked = False
-        if not crowd and 0 not in record.sequence("bbox")[2:4]:
+        if boxed:
             boxes.append(record.box(record.sequence("bbox"), width_and_height=True))
     if not boxes:
         return None

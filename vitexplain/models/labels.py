@@ -69,7 +69,7 @@ def find_class(label: str, labels: Sequence[str] | None, num_classes: int) -> in
         UnknownNameError: no class, or several, have this name.
     """
     text = label.strip().lower()
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?\d{1,18}", text):  # longer ones Python may refuse to read
         if not 0 <= int(text) < num_classes:
             raise TargetError(
                 f"found class {text}, expected 0 to {num_classes - 1}: the model has {num_classes} classes"

@@ -8,7 +8,6 @@ object it shows and where (token labelling); this is meant to shorten training, 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import math
 import platform
@@ -28,6 +27,7 @@ from ..data.scenes import CLASS_NAMES, MEAN, SIZE, SPLITS, STD, make_scene, norm
 from ..errors import InputError, VitExplainError
 from ..files import save_json, write_whole
 from ..models.embedded import build_model
+from .lightning_run import check_output
 from .recipe import PATCH, ClassifierSettings
 from .scene_batches import NO_OBJECT, Batch, SceneBatches, ScenePool
 
@@ -179,14 +179,11 @@ def train_classifier(
 
     Raises:
         InputError: `output` is no place for a checkpoint.
+        ExportError: its folder is read-only.
         VitExplainError: Lightning is not installed, or torch is older than 2.9.
     """
     settings = settings if settings is not None else ClassifierSettings()
-    output = Path(output)
-    if output.suffix != ".safetensors" or not output.parent.is_dir():
-        raise InputError(f"found {output} to write to, expected a name ending in .safetensors in a folder that exists")
-    if importlib.util.find_spec("lightning") is None:
-        raise VitExplainError("training needs Lightning; install it with: pip install 'vitexplain[train]'")
+    output = check_output(output)
     if not hasattr(torch.optim, "Muon"):
         raise VitExplainError(f"found torch {torch.__version__}; training needs 2.9 or newer: pip install -U torch")
     wall, processor, threads = time.monotonic(), time.process_time(), torch.get_num_threads()

@@ -18,13 +18,13 @@ from torch import nn
 
 from ..diffmask.checkpoint import save_checkpoint
 from ..diffmask.masking import MaskedModel
-from ..errors import ExplanationWarning, InputError, OptionError, VitExplainError
+from ..errors import ExplanationWarning, InputError, OptionError
 from ..models import adapt
 from ..models.adapter import ModelAdapter
 from ..models.fingerprint import weights_digest
 from .diffmask_learner import DiffMaskLearner
 from .diffmask_settings import DiffMaskSettings
-from .lightning_run import interruption, undisturbed
+from .lightning_run import check_output, interruption, undisturbed
 
 if TYPE_CHECKING:
     from .diffmask_module import DiffMaskModule
@@ -85,16 +85,12 @@ def train_diffmask(
         KeyboardInterrupt: training was interrupted; `resume` goes on from the last evaluation, if there was one.
     """
     settings = settings if settings is not None else DiffMaskSettings()
-    output = Path(output)
-    if output.suffix != ".safetensors" or not output.parent.is_dir():
-        raise InputError(f"found {output} to write to, expected a name ending in .safetensors in a folder that exists")
+    output = check_output(output)
     if precision not in PRECISIONS or devices < 1:
         raise OptionError(
             f"found precision={precision!r} and devices={devices}, expected one of {', '.join(PRECISIONS)}, "
             "and at least 1"
         )
-    if importlib.util.find_spec("lightning") is None:
-        raise VitExplainError("training needs Lightning; install it with: pip install 'vitexplain[train]'")
     from .diffmask_module import Batches, DiffMaskModule, images_of
 
     started = time.monotonic()

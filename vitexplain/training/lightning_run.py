@@ -16,18 +16,25 @@ from typing import Any
 import torch
 
 from ..errors import InputError, VitExplainError
+from ..files import make_folder
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
     """The file that a training is to write, where that can be.
 
     Raises:
-        InputError: it does not end in ``.safetensors``, or its folder does not exist.
+        InputError: it does not end in ``.safetensors``, its folder does not exist, or it or the card beside it is a
+            folder.
+        ExportError: its folder is read-only.
         VitExplainError: Lightning is not installed.
     """
     path = Path(output)
     if path.suffix != ".safetensors" or not path.parent.is_dir():
         raise InputError(f"found {path} to write to, expected a name ending in .safetensors in a folder that exists")
+    for file in (path, path.with_suffix(".json")):
+        if file.is_dir():
+            raise InputError(f"found the folder {file} where a file is to be written; choose another name")
+    make_folder(path.parent)
     if importlib.util.find_spec("lightning") is None:
         raise VitExplainError("training needs Lightning; install it with: pip install 'vitexplain[train]'")
     return path
