@@ -1,20 +1,23 @@
-"""The parts of the app, without a server: limits, option controls, sessions, files, fragments."""
+"""The parts of the app, without a server: limits, option controls, sessions, files, fragments, the page's events."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import io
+import json
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vitexplain import (
@@ -242,6 +245,98 @@ class TestFragments:
         assert np.isnan(row["agreement"])
 
 
+class TestPage:
+    @pytest.fixture
+    def page(self, shelf: Shelf, tmp_path: Path) -> Any:
+        from vitexplain.app.page import Page
+
+        return Page(shelf, Limits(), Uploads(tmp_path))
+
+    def test_begins_with_the_model_and_the_picture_that_it_shows(self, page: Any, scene: bytes, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(scene)
+        begun, preview, _ = page._begin(None)
+        assert (begun.model.name, begun.content) == ("scenes", page.examples[0][0])
+        assert begun.name in preview
+        taken, _, classes = page._take_upload(begun, str(tmp_path / "a.png"), SimpleNamespace(session_hash="one"))
+        assert (taken.model, taken.name) == (begun.model, "a.png")
+        assert len(classes["choices"]) == TOP
+        assert page._draw(taken, "overlay", True, False) == ""
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            lambda page, file, request: page._take_upload(None, file, request),
+            lambda page, file, request: page._take_example(None, SimpleNamespace(index=0)),
+            lambda page, file, request: page._take_model(None, "timm:none", None, request),
+            lambda page, file, request: page._explain(None, ["rollout"], [0], "overlay", True, False),
+            lambda page, file, request: page._draw(None, "overlay", True, False),
+            lambda page, file, request: page._measure(None),
+            lambda page, file, request: page._make_files(None, request),
+        ],
+        ids=["upload", "example", "model", "explain", "draw", "measure", "files"],
+    )
+    def test_once_it_has_expired_nothing_is_explained_by_another_model(
+        self, page: Any, scene: bytes, tmp_path: Path, event: Callable[..., Any]
+    ) -> None:
+        import gradio as gr
+
+        (tmp_path / "a.png").write_bytes(scene)
+        with pytest.raises(gr.Error, match=r"this page has expired.*reload"):
+            event(page, str(tmp_path / "a.png"), SimpleNamespace(session_hash="one"))
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ],
+    )
+    def test_what_does_not_fit_into_memory_is_told(self, error: Exception) -> None:
+        import gradio as gr
+
+        from vitexplain.app.page import told
+
+        with pytest.raises(gr.Error, match="choose a smaller model"), told():
+            raise error
+
+    def test_what_nobody_foresaw_is_no_message_to_visitors(self) -> None:
+        from vitexplain.app.page import told
+
+        with pytest.raises(RuntimeError, match="shapes"), told():
+            raise RuntimeError("shapes cannot be multiplied")
+
+
+def answered(method: str, path: str, body: bytes = b"", kind: str = "application/json") -> tuple[int, bytes]:
+    """The status of a request that comes in two pieces, and what of its body reached the app behind the guard."""
+    pieces = [
+        {"type": "http.request", "body": body[:9], "more_body": True},
+        {"type": "http.request", "body": body[9:], "more_body": False},
+    ]
+    reached: list[bytes] = []
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            message = await receive()
+            reached.append(message["body"])
+            if not message["more_body"]:
+                break
+        await send({"type": "http.response.start", "status": 200})
+
+    async def receive() -> MutableMapping[str, Any]:
+        return pieces.pop(0)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    request = {"type": "http", "method": method, "path": path, "headers": [(b"content-type", kind.encode())]}
+    with ThreadPoolExecutor(1) as other:  # this thread may have a loop already, where a browser was driven from it
+        other.submit(lambda: asyncio.run(OutsideRefused(behind)(request, receive, send))).result()  # type: ignore[arg-type]
+    return sent[0]["status"], b"".join(reached)
+
+
 @pytest.mark.parametrize(
     ("path", "status"),
     [
@@ -253,18 +348,32 @@ class TestFragments:
     ],
 )
 def test_the_server_fetches_nothing_for_its_visitors(path: str, status: int) -> None:
-    async def behind(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200})
+    assert answered("GET", path)[0] == status
 
-    sent: list[MutableMapping[str, Any]] = []
 
-    async def send(message: MutableMapping[str, Any]) -> None:
-        sent.append(message)
+@pytest.mark.parametrize("path", ["queue/join", "run/upload", "call/upload", "call/v2/upload", "stream/1"])
+@pytest.mark.parametrize("address", ["http://example.org/a.png", "https://example.org/a.png", "HTTPS://example.org"])
+def test_nor_where_an_address_stands_for_an_upload(path: str, address: str) -> None:
+    file = {"path": address, "meta": {"_type": "gradio.FileData"}}
+    for values in ([None, file], [None, [{"deeper": [file]}]], {"file": file}):
+        body = json.dumps({"data": values, "session_hash": "intruder"})
+        assert answered("POST", f"/gradio_api/{path}", body.encode()) == (403, b"")
+        assert answered("POST", f"/gradio_api/{path}", body.replace("h", "\\u0068").encode("utf-16")) == (403, b"")
 
-    with ThreadPoolExecutor(1) as other:  # this thread may have a loop already, where a browser was driven from it
-        request = {"type": "http", "path": path}
-        other.submit(lambda: asyncio.run(OutsideRefused(behind)(request, None, send))).result()  # type: ignore[arg-type]
-    assert sent[0]["status"] == status
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"data": [{"path": "/a/b.png", "url": "http://127.0.0.1/b.png", "size": null}]}', "application/json"),
+        (b'{"data": ["https://example.org", {"path": null}, {"path": ["http:"]}]}', "application/json"),
+        (b"", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'--line\r\n{"path": "http://example.org"}\r\n--line--', "multipart/form-data; boundary=line"),
+    ],
+    ids=["upload", "texts", "nothing", "deep", "file"],
+)
+def test_other_values_reach_the_app_as_they_were_sent(body: bytes, kind: str) -> None:
+    assert answered("POST", "/gradio_api/queue/join", body, kind) == (200, body)
 
 
 @pytest.mark.parametrize("port", [None, 70_000])

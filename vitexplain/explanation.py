@@ -77,7 +77,7 @@ class Explanation:
 
     def __getitem__(self, rows: SupportsIndex | slice) -> Explanation:
         """The explanation of some images; a whole number, also NumPy's, gives a batch of one."""
-        if isinstance(rows, SupportsIndex) and np.ndim(rows) == 0:  # arrays may be such numbers, too
+        if isinstance(rows, SupportsIndex) and getattr(rows, "ndim", 0) == 0:  # arrays have an index, too
             rows = operator.index(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"found image {rows}, expected {-len(self)} to {len(self) - 1}")

@@ -48,10 +48,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def visitor(address: str, **settings: Any) -> Any:
-    """A visitor with the patience that busy machines ask for."""
+    """A visitor with the patience that busy machines ask for, whose page has begun."""
     from gradio_client import Client
 
-    return Client(address, verbose=False, httpx_kwargs={"timeout": 300}, **settings)
+    client = Client(address, verbose=False, httpx_kwargs={"timeout": 300}, **settings)
+    client.predict(api_name="/begin")
+    return client
 
 
 def upload(picture: Path) -> Any:
@@ -136,6 +138,27 @@ def test_a_path_instead_of_an_upload_is_refused(address: str) -> None:
         text = next(line for line in answer.iter_lines() if "process_completed" in line)
     assert '"success":false' in text.replace(" ", "")
     assert "root" not in text
+    assert "expired" not in text, "the function was not called"
+
+
+@pytest.mark.parametrize("route", ["queue/join", "run/upload", "api/upload", "call/upload", "call/v2/upload"])
+def test_an_address_instead_of_an_upload_is_refused(address: str, route: str) -> None:
+    import httpx
+
+    file: Any = {"path": "https://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
+    values: Any = {"file": file} if "v2" in route else {"data": [None, file], "fn_index": _number(address, "upload")}
+    answer = httpx.post(f"{address}gradio_api/{route}", json={**values, "session_hash": "intruder"}, timeout=300)
+    assert (answer.status_code, answer.text) == (403, "this server fetches nothing from elsewhere")
+
+
+def test_a_page_whose_server_was_restarted_is_told_to_be_reloaded(address: str, pictures: list[Path]) -> None:
+    from gradio_client.exceptions import AppError
+
+    client = visitor(address)
+    client.reset_session()  # unknown from now on, like the page
+    with pytest.raises(AppError, match="reload the page"):
+        client.predict(upload(pictures[0]), api_name="/upload")
+    client.close()
 
 
 def _number(address: str, name: str) -> int:

@@ -16,7 +16,7 @@ from PIL import Image
 from ..comparison.run import METHODS
 from ..comparison.views import VIEWS
 from ..data.scenes import SPLITS, make_scene
-from ..errors import ExplanationWarning, VitExplainError
+from ..errors import ExplanationWarning, InputError, VitExplainError, is_out_of_memory
 from ..files import save_arrays
 from ..registry import method_info
 from .fragments import figures_html, maps_html, preview_html
@@ -39,7 +39,9 @@ def told() -> Iterator[None]:
             yield
         except VitExplainError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:  # torch's own, on the CPU, is a plain RuntimeError
+            if not is_out_of_memory(error):
+                raise
             raise gr.Error("out of memory: choose a smaller model or fewer methods", print_exception=False) from error
     for each in caught:
         if issubclass(each.category, ExplanationWarning):
@@ -151,7 +153,9 @@ class Page:
         blocks.unload(self._leave)
 
     def _begin(self, session: Session | None) -> tuple[Session, str, Any]:
-        return self._with_picture(session, *self.examples[0])
+        with told():
+            first = session or Session(self.shelf.model(SUGGESTIONS[0]), self.limits)
+        return self._with_picture(first, *self.examples[0])
 
     def _take_upload(self, session: Session | None, file: str, request: gr.Request) -> tuple[Session, str, Any]:
         with told():
@@ -166,12 +170,13 @@ class Page:
         self, session: Session | None, name: str, checkpoint: str | None, request: gr.Request
     ) -> tuple[Session, str, Any]:
         with told():
+            known = _known(session)  # before seconds are spent on a model
             if checkpoint is None:
                 model = self.shelf.model(name)
             else:
                 self.uploads.note(str(request.session_hash), checkpoint)
                 model = self.shelf.with_weights(name, checkpoint)
-            return self._shown(self._known(session).with_model(model))
+            return self._shown(known.with_model(model))
 
     def _explain(
         self,
@@ -184,24 +189,23 @@ class Page:
         *options: Any,
     ) -> tuple[Session, str, str, Any]:
         with told():
-            made = self._known(session).compared(
+            made = _known(session).compared(
                 configured(methods, [control for control, _ in self.controls], options), classes
             )
             return made, maps_html(made.made(), view, smooth, shared), "", gr.update(value=None, visible=False)
 
     def _draw(self, session: Session | None, view: str, smooth: bool, shared: bool) -> str:
-        if session is None or session.comparison is None:
-            return ""
         with told():
-            return maps_html(session.comparison, view, smooth, shared)
+            comparison = _known(session).comparison
+            return "" if comparison is None else maps_html(comparison, view, smooth, shared)
 
     def _measure(self, session: Session | None) -> str:
         with told():
-            return figures_html(self._known(session).made())
+            return figures_html(_known(session).made())
 
     def _make_files(self, session: Session | None, request: gr.Request) -> Any:
         with told():
-            comparison = self._known(session).made()
+            comparison = _known(session).made()
             folder = self.uploads.own_folder(str(request.session_hash))
             scores = {method: each.scores for (_, method), each in comparison.explanations.items()}
             files = [
@@ -217,18 +221,26 @@ class Page:
     def _leave(self, request: gr.Request) -> None:
         self.uploads.forget(str(request.session_hash))
 
-    def _known(self, session: Session | None) -> Session:
-        return session or Session(self.shelf.model(SUGGESTIONS[0]), self.limits)
-
     def _with_picture(self, session: Session | None, content: bytes, name: str) -> tuple[Session, str, Any]:
         with told():
-            return self._shown(self._known(session).with_picture(content, name))
+            return self._shown(_known(session).with_picture(content, name))
 
     def _shown(self, session: Session) -> tuple[Session, str, Any]:
         """A session, its picture, and the classes to choose from, the most probable one chosen."""
         choices = [(f"{name} {probability:.0%}", index) for index, name, probability in session.probable]
         preview = "" if session.content is None else preview_html(session.preview(), session.name)
         return session, preview, gr.update(choices=choices, value=[index for _, index in choices[:1]])
+
+
+def _known(session: Session | None) -> Session:
+    """The session of a page that began. A new one in its place would have another model than the page shows.
+
+    Raises:
+        InputError: it is not kept any longer.
+    """
+    if session is None:
+        raise InputError("this page has expired, its picture and model are no longer kept: reload the page")
+    return session
 
 
 def _example(index: int) -> tuple[bytes, str]:
