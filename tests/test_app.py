@@ -218,6 +218,7 @@ class TestFragments:
         made = session.compared(methods, [index for index, _, _ in session.probable[:2]]).made()
         for view in ("overlay", "patches"):
             text = maps_html(made, view, smooth=False, share_scale=view == "overlay")
+            assert text.count(f"<strong>Input</strong> {session.model.name}") == 2
             found = re.findall(r'src="(data:[^"]+)" alt="[^"]+" data-method="(\w+)" data-target="(\d+)"', text)
             assert len(found) == 6
             pictures = {(method, target): source for source, method, target in found}
