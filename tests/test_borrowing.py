@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from families import make_images, make_model
+from lighter import get_explainer
 from torch import nn
 
-from vitexplain import get_explainer
+from vitexplain import UnsupportedModelError
 from vitexplain.borrowing import attributes_set, borrowed
+from vitexplain.metrics.predictor import Predictor
 
 
 def test_everything_is_put_back_after_an_error() -> None:
@@ -42,6 +45,73 @@ def test_modules_that_were_compiled_in_place_are_explained_as_they_are(name: str
     calls = [module._compiled_call_impl for module in compiled]
     torch.testing.assert_close(get_explainer(name, model)(images, 1).scores, expected)
     assert [module._compiled_call_impl for module in compiled] == calls
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        model = make_model("cls")
+    list(model.parameters())[1].requires_grad = False  # type: ignore[assignment]
+    assert all(parameter.is_inference() for parameter in model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["rollout", "occlusion", "tis", "eigencam", "kernel_shap", "pm"])
+def test_a_model_made_in_inference_mode_is_explained_without_gradients(name: str, inside: bool) -> None:
+    model, images = made_in_inference_mode(), make_images("cls")
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with torch.inference_mode(inside):
+        found = get_explainer(name, model)(images, 1).scores
+    assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+    assert torch.equal(found, get_explainer(name, copy.deepcopy(model))(images, 1).scores)
+
+
+def test_metrics_ask_a_model_made_in_inference_mode() -> None:
+    model, images = made_in_inference_mode(), make_images("cls")
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    logits = Predictor.of(model).logits(images)
+    assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+    assert torch.equal(logits, Predictor.of(copy.deepcopy(model)).logits(images))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "name", ["generic_attention", "gradcam", "integrated_gradients", "legrad", "saliency", "transformer_attribution"]
+)
+def test_no_gradient_goes_through_a_model_made_in_inference_mode(name: str, frozen: bool) -> None:
+    model, images = made_in_inference_mode(), make_images("cls")
+    if frozen:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+    model.train()
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UnsupportedModelError, match=r"made inside torch\.inference_mode.*copy\.deepcopy\(model\)"):
+        get_explainer(name, model)(images, 1)
+    assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(module.training for module in model.modules())
+    expected = get_explainer(name, make_model("cls"))(images, 1).scores
+    assert torch.equal(get_explainer(name, copy.deepcopy(model))(images, 1).scores, expected)
+
+
+def test_no_gradient_goes_through_a_buffer_made_in_inference_mode() -> None:
+    model: Any = make_model("cls")
+    with torch.inference_mode():
+        model.norm.register_buffer("scale", torch.ones(1))
+    model.norm.register_forward_hook(lambda module, _, output: output * module.scale)
+    with pytest.raises(UnsupportedModelError, match="buffers made inside"):
+        get_explainer("gradcam", model)(make_images("cls"), 1)
+    explained = get_explainer("gradcam", copy.deepcopy(model))(make_images("cls"), 1)
+    assert explained.scores.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+def test_a_model_found_out_by_gradients_is_refused_if_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = make_model("torchvision")
+    with pytest.raises(UnsupportedModelError, match=r"made inside torch\.inference_mode"):
+        get_explainer("rollout", model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert get_explainer("rollout", copy.deepcopy(model))(make_images("torchvision")).scores.isfinite().all()
 
 
 class _Linked:

@@ -207,7 +207,12 @@ def test_discovery_leaves_nothing_behind() -> None:
     model = make_model("own").train()
     model.layers[0].eval()
     modes = [module.training for module in model.modules()]
+    tensors = [(each, each._version, each.detach().clone()) for each in model.parameters()]
     adapt(model)
+    for now, (each, version, values) in zip(model.parameters(), tensors, strict=True):
+        assert now is each
+        assert now._version == version  # a graph that was recorded before can still be followed
+        assert torch.equal(now, values)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
@@ -330,6 +335,102 @@ def test_a_model_may_be_converted_after_it_was_watched(name: str) -> None:
     torch.testing.assert_close(explainer(images.double(), 1).scores, expected, rtol=1e-3, atol=1e-5)
 
 
+def set_layer_scales(model: nn.Module, name: str, in_place: bool) -> None:
+    """Gives each parameter of that name (its end) other values, or another parameter its place."""
+    generator = torch.Generator().manual_seed(0)
+    for full, parameter in list(model.named_parameters()):
+        if full.endswith(name):
+            values = torch.rand(parameter.shape, generator=generator) * 0.5
+            if in_place:
+                parameter.data.copy_(values)
+            else:
+                owner, _, own = full.rpartition(".")
+                setattr(model.get_submodule(owner), own, nn.Parameter(values))
+
+
+def assert_same_projections(model: nn.Module, adapter: Any) -> None:
+    """An adapter made before the model was changed knows as much as one made now."""
+    now = adapt(model)
+    for block in range(len(adapter.blocks)):
+        torch.testing.assert_close(adapter.output_weight(block), now.output_weight(block), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(adapter.value_weight(block), now.value_weight(block), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("hf_dinov2", "layer_scale1.lambda1"),
+        ("hf_dinov2_registers", "layer_scale1.lambda1"),
+        ("hf_beit", "lambda_1"),
+        ("own", "scale"),
+        ("own_batch_second", "scale"),
+    ],
+)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_layer_scale_may_be_trained_after_the_model_was_watched(name: str, parameter: str, in_place: bool) -> None:
+    """Also from ones or zeros, which are the first values of other parameters as well."""
+    for start in (None, 0.0):
+        model, images = make_model(name), make_images(name)
+        for full, each in model.named_parameters():
+            if start is not None and full.endswith(parameter):
+                nn.init.constant_(each, start)
+        adapter = adapt(model)
+        set_layer_scales(model, parameter, in_place)
+        assert_same_projections(model, adapter)
+        expected = get_explainer("tokentm", model)(images, 1).scores
+        found = get_explainer("tokentm", adapter)(images, 1).scores
+        # how the head of Dinov2 weighs CLS and patches is measured, and depends a little on what the blocks give
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+class Scaled(nn.Module):
+    """Attention times a gate, a number that training may change, or a channel's constant."""
+
+    def __init__(self, attention: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.attention, self.kind, self.gate = attention, kind, nn.Parameter(torch.zeros(24))
+        self.number = nn.Parameter(torch.zeros(()))
+        self.register_buffer("constant", torch.linspace(0.5, 2, 24))
+
+    def forward(self, *tokens: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        output = self.attention(*tokens, need_weights=need_weights)[0]
+        scales = {"gate": 1 + self.gate.tanh(), "number": self.number, "constant": self.constant, "plain": 1}
+        return output * scales[self.kind], None
+
+
+def scaled(kind: str) -> Own:
+    torch.manual_seed(0)
+    model = Own()
+    for block in model.layers:
+        block.attention = Scaled(block.attention, kind)
+        del block.scale
+        block.scale = 1.0
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "number", "constant"])
+def test_what_scales_attention_is_told_from_what_has_the_same_values(kind: str) -> None:
+    model = scaled(kind)
+    adapter = adapt(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(parameter.ndim)))
+    assert_same_projections(model, adapter)
+    scores = get_explainer("tokentm", adapter)(make_images("own"), 1).scores
+    torch.testing.assert_close(scores, get_explainer("tokentm", model)(make_images("own"), 1).scores)
+
+
+def test_a_measured_scale_holds_until_what_it_is_made_of_changes() -> None:
+    model = scaled("gate")
+    adapter = adapt(model)
+    assert_same_projections(model, adapter)
+    assert_same_projections(model.double(), adapter)
+    model.layers[1].attention.gate.data.fill_(0.5)
+    adapter.output_weight(0)
+    with pytest.raises(UnsupportedModelError, match=r"of a _OwnBlock .* found other values in its 'attention.gate'"):
+        adapter.output_weight(1)
+
+
 def test_a_size_that_the_model_refuses_is_an_input_error() -> None:
     with pytest.raises(InputError, match="refused images of 64×64 pixels"):
         get_explainer("rollout", make_model("own"))(torch.randn(1, 3, 64, 64))
@@ -350,7 +451,8 @@ def test_a_head_that_reads_another_block_is_refused() -> None:
 
 
 @pytest.mark.parametrize("pool", [lambda tokens: tokens.amax(1), lambda tokens: tokens.max(1).values])
-def test_heads_that_pick_tokens_by_their_values_are_refused(pool: Any) -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_heads_that_pick_tokens_by_their_values_are_refused(pool: Any, precision: torch.dtype) -> None:
     class Picking(Own):
         def forward(self, images: Tensor) -> Tensor:
             tokens = self.stem(images).flatten(2).transpose(1, 2)
@@ -359,7 +461,42 @@ def test_heads_that_pick_tokens_by_their_values_are_refused(pool: Any) -> None:
 
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModelError, match="picks tokens by their values"):
-        DiscoveredAdapter(Picking().eval())
+        DiscoveredAdapter(Picking().eval().to(precision))
+
+
+class NormByHand(nn.Module):
+    """A normalisation in single operations, each of which rounds."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        return self.weight * centred / (centred**2).mean(-1, keepdim=True).sqrt() + self.bias
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_a_mean_over_many_tokens_is_measured_in_half_precision(
+    precision: torch.dtype, by_hand: bool, size: float
+) -> None:
+    """Where each token is normalised, single elements of the gradient come out as zero: too small, or a difference."""
+    import transformers
+
+    vision = {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 384}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(vision_config=vision, text_config=text, num_labels=2)
+    model = transformers.SiglipForImageClassification(config).eval()
+    model.classifier.weight.data *= size
+    if by_hand:
+        norm = model.vision_model.post_layernorm
+        model.vision_model.post_layernorm = NormByHand(norm.weight, norm.bias)
+    adapter = adapt(model.to(precision))
+    assert isinstance(adapter, DiscoveredAdapter)
+    torch.testing.assert_close(adapter.seed(196), torch.full((196,), 1 / 196), rtol=0.01, atol=0)
 
 
 class InlineBlock(nn.Module):

@@ -44,6 +44,17 @@ def test_the_model_of_the_user_is_not_changed() -> None:
     assert not takes_patches(make_model("hf_vit"))
 
 
+def test_a_model_may_be_converted_or_moved_after_it_was_adapted() -> None:
+    model, images = bare_model().half(), make_images("siglip2").double()
+    adapter = adapt(model)
+    model.double()
+    found = adapter.logits(adapter.check_images(images))
+    with torch.no_grad():
+        torch.testing.assert_close(found, adapt(model).logits(images), rtol=1e-12, atol=1e-12)
+    model.to("meta")
+    assert adapter.check_images(images).is_meta
+
+
 def test_a_model_that_does_not_say_its_patch_size_is_refused() -> None:
     class Nameless(nn.Module):
         def forward(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+
+from .errors import UnsupportedModelError
 
 _COMPILED = "_compiled_call_impl"
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 _LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
 _PATCHED = ("forward", "forward_features", "forward_head", "pool")  # what somebody may have put on an instance
+
+_CALLERS: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("callers_autocast", default=nullcontext)
+"""Makes the autocast that `without_autocast` turned off; nothing where there was none."""
 
 
 def all_modules(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
@@ -48,6 +56,29 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
+def check_graph(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Refuses a model through which no gradient can go.
+
+    Args:
+        model: is named in the error.
+        modules: all that it consists of; see `all_modules`.
+
+    Raises:
+        UnsupportedModelError: a weight or buffer was made in `torch.inference_mode`.
+    """
+    held: list[dict[str, Any]] = [each._parameters for each in modules if each._parameters]
+    held += [each._buffers for each in modules if each._buffers]
+    for tensors in held:
+        for tensor in tensors.values():
+            if tensor is not None and tensor.is_inference():
+                raise UnsupportedModelError(
+                    f"found a {type(model).__name__} with weights or buffers made inside torch.inference_mode(), "
+                    "through which no gradient can go; expected ones made outside it. Load the model outside, or "
+                    "explain copy.deepcopy(model), called outside; or take a method without a gradient, such as "
+                    "rollout or occlusion"
+                )
+
+
 @contextmanager
 def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[nn.Module]:
     """Evaluation mode, frozen weights, no checkpointing, nothing compiled inside; everything as before outside.
@@ -58,8 +89,13 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
     Args:
         model: is borrowed.
         modules: all that it consists of, where that is known; see `all_modules`.
+
+    Raises:
+        UnsupportedModelError: a graph would be recorded, and a weight or buffer was made in `torch.inference_mode`.
     """
     modules = all_modules(model) if modules is None else modules
+    if torch.is_grad_enabled():
+        check_graph(model, modules)
     training: list[bool] = []
     checkpointed: list[tuple[nn.Module, str]] = []
     compiled: list[tuple[nn.Module, Any]] = []
@@ -76,7 +112,8 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
         if own.get(_COMPILED):
             compiled.append((module, own[_COMPILED]))
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+            # of one made in inference mode, what is set to False could not be set back
+            if parameter is not None and parameter.requires_grad and parameter.is_leaf and not parameter.is_inference():
                 trainable.append(parameter)
     try:
         if any(training):
@@ -100,6 +137,37 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
             setattr(module, _COMPILED, call)
         for parameter in trainable:
             parameter.requires_grad = True
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on, on a type of device."""
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # before torch 2.4 each type has a function of its own
+        return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
+
+
+@contextmanager
+def without_autocast(device: str) -> Iterator[None]:
+    """Autocast is off inside, on a type of device; in `callers_autocast` it is what it was.
+
+    Attribution is not to be in half precision because the model is, and where it asks the model again, that is to
+    answer as it answered before.
+    """
+    if not autocast_is_on(device):
+        yield
+        return
+    token = _CALLERS.set(partial(torch.autocast, device))  # precision and cache are still the caller's where it is off
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        _CALLERS.reset(token)
+
+
+def callers_autocast() -> AbstractContextManager[Any]:
+    """What is entered around a forward of the model, also outside `without_autocast`, where it changes nothing."""
+    return _CALLERS.get()()
 
 
 @contextmanager

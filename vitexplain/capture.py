@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .borrowing import all_modules, borrowed
+from .borrowing import all_modules, borrowed, callers_autocast
 from .errors import CaptureError
 from .layout import TokenLayout
 from .linear_products import KnownProducts, LinearProducts
@@ -160,10 +160,11 @@ class Capture:
         self.images = self.adapter.check_images(images.clone() if images.is_inference() else images)
         self.grid = self.adapter.grid((self.images.shape[-2], self.images.shape[-1]))
         self.layouts = self.adapter.layouts(self.grid)
-        short = self._short_last_block()
-        output = self._recorded(short)
-        if short is not None and output.isnan().any():  # something reads what was not computed
-            output = self._recorded(None)
+        with callers_autocast():
+            short = self._short_last_block()
+            output = self._recorded(short)
+            if short is not None and output.isnan().any():  # something reads what was not computed
+                output = self._recorded(None)
         self.logits = output.detach() if self.needs.backward is None else output.detach().to(self.images.dtype)
         self._output = output
         return output

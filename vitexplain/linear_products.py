@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .borrowing import autocast_is_on
 from .modified_backward import linear_arguments, on_graph, with_pullback
 
 _PRECISIONS = (torch.float32, torch.float64)  # a product in half precision is another number
@@ -66,7 +67,7 @@ class KnownProducts(TorchFunctionMode):
         if func is not F.linear:
             return func(*args, **named)
         state, weight, bias = linear_arguments(args, named)
-        if on_graph([weight, bias]) or torch.is_autocast_enabled(state.device.type):
+        if on_graph([weight, bias]) or autocast_is_on(state.device.type):
             return func(*args, **named)
         product = self._products.take(state, weight)
         if product is None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .attention import Attention, AttentionOperands
-from .borrowing import runs_library_code
+from .borrowing import autocast_is_on, runs_library_code
 from .combination import Combination
 from .errors import CaptureError
 from .fused_gradient import FusedGradient, GradientFusion
@@ -166,7 +165,7 @@ class Recording:
 
     def _with_fused_gradient(self, record: BlockRecord, fusion: GradientFusion) -> Instead:
         def instead(operands: AttentionOperands, given: Sequence[Tensor] | None) -> Tensor | None:
-            if given is None or not fuses_well(operands) or torch.is_autocast_enabled(operands.q.device.type):
+            if given is None or not fuses_well(operands) or autocast_is_on(operands.q.device.type):
                 return None
             if any(each.shape[1] != operands.shape[1] or each.dtype != operands.q.dtype for each in given):
                 return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch_parts import even_part, images_that_pay
+from .borrowing import autocast_is_on, without_autocast
 from .capture import Capture
 from .errors import CaptureError
 from .method import Method
@@ -87,7 +88,7 @@ def attribute_together(
 def _in_half_precision(adapter: ModelAdapter, images: Tensor) -> bool:
     weight = first_weight(adapter.model)
     half = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
-    return half or torch.is_autocast_enabled(images.device.type)
+    return half or autocast_is_on(images.device.type)
 
 
 def _answered(adapter: ModelAdapter, images: Tensor, target: Target) -> Attributed:
@@ -167,7 +168,7 @@ def _attribute(
 def _scores(method: Method, capture: Capture) -> tuple[Tensor, Tensor]:
     """Patch scores (B, h, w), and the share (B,) of absolute relevance that the prefix tokens took."""
     # a caller's autocast must not take the attribution to half precision
-    with torch.no_grad(), torch.autocast(capture.images.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(capture.images.device.type):
         return _on_grid(method, method.attribute(capture), capture)
 
 

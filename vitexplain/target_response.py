@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import widen
+from .borrowing import all_modules, callers_autocast, check_graph
 from .capture import Capture
 from .errors import CaptureError, TargetError
 from .modified_backward import BackwardRules
@@ -117,13 +118,16 @@ class TargetResponse:
 
         Raises:
             TargetError: the images ask for a gradient, and the target is a function that has none.
-            UnsupportedModelError: the model computes something that has no such rule.
+            UnsupportedModelError: the model computes something that has no such rule, or no gradient can go through it.
         """
         adapter, given = self.capture.adapter, images.to(self.capture.images.dtype)
-        with self._rules(len(images)):
+        graph = torch.is_grad_enabled() and images.requires_grad
+        if graph:
+            check_graph(adapter.model, all_modules(adapter.model))
+        with callers_autocast(), self._rules(len(images)):
             logits = plain_logits(adapter, given) if self.backward is None else adapter.logits(given)
         score = self.read(logits, rows)
-        if torch.is_grad_enabled() and images.requires_grad and not score.requires_grad:
+        if graph and not score.requires_grad:
             raise TargetError(
                 "the explained score carries no gradient: make it of the logits with differentiable operations, or "
                 "take a method that needs no gradient, such as occlusion or rise"

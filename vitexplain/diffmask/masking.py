@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..borrowing import borrowed
+from ..borrowing import borrowed, callers_autocast
 from ..capture import Capture
 from ..errors import CaptureError, UnsupportedModelError
 from ..layout import Arrangement, from_tokens, to_tokens
@@ -196,6 +196,7 @@ class MaskedModel:
             stack.enter_context(borrowed(self.adapter.model))
             stack.enter_context(self.adapter.prepared())
             stack.callback(self.embedding.module.register_forward_hook(replace).remove)
+            stack.enter_context(callers_autocast())
             return self.adapter.logits(images)
 
     def _verify(self, images: Tensor, seen: Tensor) -> None:

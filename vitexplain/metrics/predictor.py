@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_parts import even_part, images_that_pay
-from ..borrowing import borrowed
+from ..borrowing import borrowed, callers_autocast
 from ..errors import InputError
 from ..explainer import Subject
 from ..models.adapter import ModelAdapter
@@ -70,7 +70,7 @@ class Predictor:
             OptionError: the model cannot be compiled, and is to be.
         """
         size, part = self.at_a_time(inputs), self.part_of(len(inputs), inputs)
-        with torch.no_grad(), borrowed(self.adapter.model):
+        with torch.no_grad(), borrowed(self.adapter.model), callers_autocast():
             parts = [self._ask(self.adapter.check_images(some), size) for some in torch.split(inputs, part)]
         return torch.cat(parts).float()
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..borrowing import callers_autocast
 from ..errors import InputError, UnsupportedModelError
 from ..layout import TokenLayout, to_tokens
 from ..models.adapter import ModelAdapter
@@ -170,7 +171,7 @@ class TokenDropper:
         count = self.layout.count - self.layout.prefix
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(image.device)[None]
         plain, mixed = self.predictor.logits(image), self._tried(image, order)
-        tolerance = torch.finfo(image.dtype).eps ** 0.5 * (plain - plain.mean()).abs().max()
+        tolerance = torch.finfo(_precision(image)).eps ** 0.5 * (plain - plain.mean()).abs().max()
         if not (mixed - plain).abs().max() <= tolerance:
             raise _refusal(self.predictor.adapter, "its logits depend on the order in which tokens enter the blocks")
         self._tried(image, order[:, : max(count // 2, 1)])
@@ -182,6 +183,12 @@ class TokenDropper:
             if "memory" in str(error):
                 raise
             raise _refusal(self.predictor.adapter, f"it failed ({type(error).__name__}: {error})") from error
+
+
+def _precision(image: Tensor) -> torch.dtype:
+    """That of a model's products, which is a caller's autocast's where it is on."""
+    with callers_autocast():
+        return (image.new_zeros(1, 1) @ image.new_zeros(1, 1)).dtype
 
 
 def _refusal(adapter: ModelAdapter, found: str) -> UnsupportedModelError:

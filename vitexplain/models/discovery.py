@@ -17,12 +17,16 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import to_tokens
 from .adapter import BlockModules
 from .findings import FoundBlock, find_blocks, find_grid, find_pool
+from .layer_scale import Joined, layer_scales
 from .probe import Forward, watched
 from .projections import describe
 from .unknown import UnknownModelAdapter
 
 if TYPE_CHECKING:
     from ..needs import Needs
+
+_DIRECTIONS = 3  # of the logits, to tell what these do not depend on from what half precision rounds to zero
+_SCALES = (2.0**10, 1.0)  # of a gradient in half precision: the first that leaves it finite
 
 
 class DiscoveredAdapter(UnknownModelAdapter):
@@ -50,8 +54,9 @@ class DiscoveredAdapter(UnknownModelAdapter):
         self.num_prefix_tokens = self._tokens - grid[0] * grid[1]
         with torch.inference_mode(False), torch.no_grad(), borrowed(model):
             found = [describe(seen, block) for block in blocks]
-        self.blocks = tuple(modules for modules, _ in found)
-        self._projections = [projections for _, projections in found]
+            self._scales = layer_scales([joined for *_, joined in found], lambda: self._joined(images))
+        self.blocks = tuple(modules for modules, *_ in found)
+        self._projections = [projections for _, projections, _ in found]
         self._check_order(images, blocks[0])
         if seen.stacked:
             self._check_batches(images, blocks[0])
@@ -113,15 +118,15 @@ class DiscoveredAdapter(UnknownModelAdapter):
 
     def output_weight(self, block: int) -> Tensor:
         """The verified output projection by heads, LayerScale folded in."""
-        found = self._projections[block]
+        found, scale = self._projections[block], self._scales[block]
         if found.output is None or self.blocks[block].mid is None:
             raise UnsupportedModelError(
                 f"no linear map from the heads to the residual stream was found in block {block} "
                 f"({type(self.blocks[block].block).__name__}); use generic_attention or rollout"
             )
         weight = found.output()
-        if found.scale is not None:
-            weight = found.scale.detach().to(weight)[:, None] * weight
+        if scale is not None:
+            weight = scale().to(weight)[:, None] * weight
         return weight.T.reshape(found.heads, -1, len(weight))
 
     def value_weight(self, block: int) -> Tensor:
@@ -139,6 +144,11 @@ class DiscoveredAdapter(UnknownModelAdapter):
         with torch.no_grad(), self.prepared(), watched(self.model, len(images)) as seen:
             self.run(images)
         return seen
+
+    def _joined(self, images: Tensor) -> list[Joined | None]:
+        """How attention joins the stream in each block, with the parameters that the model has at the time."""
+        seen = self._watch(images)
+        return [describe(seen, block)[-1] for block in find_blocks(seen)]
 
     def _check_order(self, images: Tensor, first: FoundBlock) -> None:
         """Prefix tokens come first and patches row by row: a change at the bottom left reaches one place alone."""
@@ -190,9 +200,9 @@ class DiscoveredAdapter(UnknownModelAdapter):
         A head that picks tokens by their values (max pooling) has no such row and is refused; one that weighs them by
         a learned function of their content, without attention that can be seen, looks like a mean here.
         """
-        weights = self._head_gradient(images, equal=True).norm(dim=-1)
+        weights = self._head_gradients(images, equal=True).norm(dim=-1)
         weights = torch.where(weights < 1e-6 * weights.max(), 0.0, weights)
-        unread = self._head_gradient(images, equal=False) == 0
+        unread = self._head_gradients(images, equal=False) == 0
         partly = unread[weights > 0].any(0) & ~unread[weights > 0].all(0)
         if partly.any() or not unread[weights == 0].all():
             raise UnsupportedModelError(
@@ -203,8 +213,12 @@ class DiscoveredAdapter(UnknownModelAdapter):
             return torch.tensor([0.5, 0.5] + [0.0] * (len(weights) - 2))  # two heads, averaged
         return weights / weights.sum()
 
-    def _head_gradient(self, images: Tensor, equal: bool) -> Tensor:
-        """Gradient (N, D), float32 on the CPU, of some direction of the logits at the final tokens.
+    def _head_gradients(self, images: Tensor, equal: bool) -> Tensor:
+        """Absolute gradients (N, D) of the logits at the final tokens, float32 on the CPU, up to a factor.
+
+        Args:
+            images: one image.
+            equal: make the tokens equal, and follow one direction of the logits; else several.
 
         Raises:
             UnsupportedModelError: the head does not read them.
@@ -224,9 +238,31 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 logits = self.logits(images).float()
             finally:
                 handle.remove()
-            direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
-            score = (logits * direction).sum()
-            (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True) if logits.requires_grad else (None,)
-        if gradient is None or not gradient.any():
+            directions = 1 if equal else _DIRECTIONS
+            gradients = _absolute_gradients(logits, leaf[0], directions) if logits.requires_grad else None
+        if gradients is None or not gradients.any():
             raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
-        return gradient.flatten(0, 1).float().cpu()
+        return gradients.flatten(0, 1).cpu()
+
+
+def _absolute_gradients(logits: Tensor, leaf: Tensor, directions: int) -> Tensor | None:
+    """Absolute gradients at a leaf, summed over directions of the logits; None where these do not depend on it."""
+    total = torch.zeros(leaf.shape, device=leaf.device)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(directions):
+        direction = torch.randn(logits.shape, generator=generator).to(logits.device)
+        gradient = _finite_gradient(logits, leaf, direction)
+        if gradient is None:
+            return None
+        total += gradient.float().abs()
+    return total
+
+
+def _finite_gradient(logits: Tensor, leaf: Tensor, direction: Tensor) -> Tensor | None:
+    """A multiple of the gradient: in float16 the share of one of many tokens may be below the smallest number."""
+    gradient = None
+    for scale in _SCALES:
+        (gradient,) = torch.autograd.grad(logits, leaf, scale * direction, retain_graph=True, allow_unused=True)
+        if gradient is None or gradient.isfinite().all():
+            break
+    return gradient

@@ -18,6 +18,30 @@ def takes_patches(model: nn.Module) -> bool:
     return set(_ARGUMENTS) <= inspect.signature(model.forward).parameters.keys()
 
 
+class _Cut(nn.Conv2d):
+    """Cuts images into patches, on the device and in the precision that the model behind it has at the time.
+
+    The model is the user's, and moved or converted without what stands before it.
+
+    Args:
+        model: takes the patches.
+        channels: of the images.
+        patch: pixels a side.
+    """
+
+    def __init__(self, model: nn.Module, channels: int, patch: int) -> None:
+        self._behind = (model,)  # in a tuple, so as not to be a module of this one
+        super().__init__(channels, channels * patch * patch, patch, patch, bias=False)
+        pixels = torch.eye(channels * patch * patch).reshape(-1, channels, patch, patch)
+        order = torch.arange(len(pixels)).reshape(channels, patch, patch).permute(1, 2, 0).flatten()
+        self.weight = nn.Parameter(pixels[order].to(next(model.parameters())), requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters are looked up here; the weight is exact in every precision."""
+        found = super().__getattr__(name)
+        return found.to(next(self._behind[0].parameters())) if name == "weight" else found
+
+
 class PatchInput(nn.Module):
     """Cuts images (B, C, H, W) into patches and hands them on, all of them valid, with their grid.
 
@@ -45,10 +69,7 @@ class PatchInput(nn.Module):
                 "that takes images"
             )
         self.image_size = int(count**0.5) * patch
-        self.cut = nn.Conv2d(channels, channels * patch * patch, patch, patch, bias=False)
-        pixels = torch.eye(channels * patch * patch).reshape(-1, channels, patch, patch)
-        order = torch.arange(len(pixels)).reshape(channels, patch, patch).permute(1, 2, 0).flatten()
-        self.cut.weight = nn.Parameter(pixels[order].to(next(model.parameters())), requires_grad=False)
+        self.cut = _Cut(model, channels, patch)
         self.train(model.training)
 
     @property

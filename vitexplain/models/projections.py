@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import BlockModules, linear_weight
 from .findings import FoundBlock
+from .layer_scale import Joined, close
 from .probe import Forward, ModuleCall
-
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-_LOOSE = 0.05  # half precisions
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +27,13 @@ class Projections:
 
     Attributes:
         heads: H.
-        output: gives (D, H·dh), from the heads to the residual stream.
-        scale: (D,) LayerScale on top of it.
+        output: gives (D, H·dh), from the heads to the residual stream, without the LayerScale on top of it.
         value: gives (H·dh, D), from the attention input to the values.
         input_known: whether it is known where attention takes its input.
     """
 
     heads: int
     output: Callable[[], Tensor] | None = None
-    scale: Tensor | None = None
     value: Callable[[], Tensor] | None = None
     input_known: bool = True
 
@@ -62,20 +57,21 @@ class _LinearMap:
     alone: bool = False
 
 
-def describe(seen: Forward, block: FoundBlock) -> tuple[BlockModules, Projections]:
-    """Where the block is tapped, and the linear maps around its attention."""
+def describe(seen: Forward, block: FoundBlock) -> tuple[BlockModules, Projections, Joined | None]:
+    """Where the block is tapped, the linear maps around its attention, and how what they gave joined the stream."""
     value, output = _find_value(seen, block), _find_output(seen, block)
     source, taken, known = _find_input(seen, block, value)
-    mid, scale = (None, None) if output is None else _find_mid(seen, block, output.gave)
+    joined = None if output is None else _find_joined(seen, block, output.gave)
+    mid = None if joined is None else joined.mid
     around = block.attention.parents[-1].module
     modules = BlockModules(block.call.module, around, source, mid, arrangement=block.arrangement, taken=taken)
-    return modules, Projections(
+    projections = Projections(
         heads=block.attention.operands.shape[1],
         output=None if output is None else output.weight,
-        scale=scale,
         value=None if value is None else value.weight,
         input_known=known,
     )
+    return modules, projections, joined
 
 
 def _find_value(seen: Forward, block: FoundBlock) -> _LinearMap | None:
@@ -87,7 +83,7 @@ def _find_value(seen: Forward, block: FoundBlock) -> _LinearMap | None:
     for call, given, gave in _token_maps(seen, block):
         for parts in (1, 3):
             last = _rows(gave, values).chunk(parts, -1)[-1]
-            if call.start < attention.start and _close(last, values) and _affine(call.module, given, gave):
+            if call.start < attention.start and close(last, values) and _affine(call.module, given, gave):
                 weight = partial(_last_part, call.module, given.shape[-1], parts)
                 return _LinearMap(weight, call, given, last, alone=parts == 3)
     return None
@@ -105,7 +101,7 @@ def _multi_head_value(around: ModuleCall, values: Tensor) -> _LinearMap | None:
     given = around.input
     if given is None or given.shape[-1] != weight().shape[1]:
         return None
-    if not _close(F.linear(_rows(given, values), weight(), bias), values):
+    if not close(F.linear(_rows(given, values), weight(), bias), values):
         return None
     return _LinearMap(weight, around, given, values)
 
@@ -118,11 +114,11 @@ def _find_output(seen: Forward, block: FoundBlock) -> _LinearMap | None:
     if isinstance(around.module, nn.MultiheadAttention):
         module: Any = around.module.out_proj
         projected = F.linear(merged, module.weight, module.bias)
-        if around.output is None or not _close(_rows(around.output, merged), projected):
+        if around.output is None or not close(_rows(around.output, merged), projected):
             return None
         return _LinearMap(partial(linear_weight, module, width), around, merged, projected)
     for call, given, gave in _token_maps(seen, block):
-        if call.start > attention.start and _close(_rows(given, merged), merged) and _affine(call.module, given, gave):
+        if call.start > attention.start and close(_rows(given, merged), merged) and _affine(call.module, given, gave):
             return _LinearMap(partial(linear_weight, call.module, width), call, given, _rows(gave, merged))
     return None
 
@@ -137,40 +133,29 @@ def _find_input(
     source = None
     for each in _inside(seen, block.call):
         before = each.start < taker.start and each not in taker.parents
-        if before and _once(seen, each) and each.output is not None and _close(each.output, taker.input):
+        if before and _once(seen, each) and each.output is not None and close(each.output, taker.input):
             source = each.module
     if source is not None:
         return source, None, True
-    if block.call.input is not None and _close(taker.input, block.call.input):
+    if block.call.input is not None and close(taker.input, block.call.input):
         return None, None, True
     alone = value is not None and value.alone
     return None, taker.module if alone else None, alone
 
 
-def _find_mid(seen: Forward, block: FoundBlock, projected: Tensor) -> tuple[nn.Module | None, Tensor | None]:
-    """The module whose input is the stream after attention, and LayerScale: what was added over what was projected."""
+def _find_joined(seen: Forward, block: FoundBlock, projected: Tensor) -> Joined | None:
+    """The first module that takes the stream with what was projected, each channel scaled, if at all."""
     stream = block.call.input
     if stream is None:
-        return None, None
+        return None
     projected = projected if projected.shape == stream.shape else projected.transpose(0, 1)
     for each in _inside(seen, block.call):
         if each.start < block.attention.start or each.input is None or each.input.shape != stream.shape:
             continue
-        added = each.input - stream
-        scale = (added * projected).sum((0, 1)) / (projected * projected).sum((0, 1)).clamp(min=1e-30)
-        if _close(added, scale * projected, stream=each.input) and _once(seen, each):
-            return each.module, _layer_scale(block.call.module, scale)
-    return None, None
-
-
-def _layer_scale(block: nn.Module, measured: Tensor) -> Tensor | None:
-    """The block's own parameter that a measured ratio is nearest to, if it is near; None for no scaling."""
-    ones = torch.ones_like(measured)
-    own = [each for each in block.parameters() if each.shape == measured.shape]
-    nearest = min([ones, *own], key=lambda each: (each - measured).abs().float().mean().item())
-    if not _close(nearest, measured):
-        return measured
-    return None if nearest is ones else nearest
+        joined = Joined(block.call.module, each.module, each.input, each.input - stream, projected)
+        if joined.scaled_by(joined.ratio) and _once(seen, each):
+            return joined
+    return None
 
 
 def _token_maps(seen: Forward, block: FoundBlock) -> list[tuple[ModuleCall, Tensor, Tensor]]:
@@ -203,24 +188,11 @@ def _affine(module: nn.Module, given: Tensor, gave: Tensor) -> bool:
     if weight.shape != (gave.shape[-1], given.shape[-1]):
         return False
     product = F.linear(given, weight)
-    return _close(gave, product + (gave - product)[:1, :1])
+    return close(gave, product + (gave - product)[:1, :1])
 
 
 def _last_part(module: nn.Module, width: int, parts: int) -> Tensor:
     return linear_weight(module, width).chunk(parts)[-1]
-
-
-def _close(a: Tensor, b: Tensor, stream: Tensor | None = None) -> bool:
-    """Whether two tensors hold the same numbers, up to the rounding of their precision.
-
-    `stream` is what they were subtracted from: in half precision its rounding is what is left of small additions.
-    """
-    if a.shape != b.shape:
-        return False
-    half = not {a.dtype, b.dtype} <= _TOLERANCE.keys()
-    size = (stream if half and stream is not None else b).abs().max().item()
-    tolerance = _LOOSE if half else max(_TOLERANCE[a.dtype], _TOLERANCE[b.dtype])
-    return bool((a - b).abs().max().item() <= tolerance * max(size, 1e-12))
 
 
 def _inside(seen: Forward, outer: ModuleCall) -> list[ModuleCall]:
