@@ -498,6 +498,22 @@ def test_failed_images_are_tried_again_only_when_asked(
     assert result.scores(5, "rollout").shape == (4, 6)
 
 
+def test_pictures_that_find_no_room_cost_nothing_that_is_committed(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ExportError("no room")
+
+    table, late = tmp_path / "list.txt", tmp_path / "late.png"
+    table.write_text("\n".join(map(str, [*images[:2], late])))
+    scores = export(table, tmp_path / "out", view="overlay").scores(0, "rollout")
+    picture(late)
+    monkeypatch.setattr(folder, "write_whole", full)
+    with pytest.raises(ExportError, match="no room"):
+        export(table, tmp_path / "out", view="overlay", retry_failed=True)
+    np.testing.assert_array_equal(open_export(tmp_path / "out").scores(0, "rollout"), scores)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_is_committed_stays_when_others_are_tried_again(dtype: str, images: list[Path], tmp_path: Path) -> None:
     listed = [picture(tmp_path / f"{number}.png", number) for number in range(6)]

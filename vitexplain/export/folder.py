@@ -151,7 +151,6 @@ class ExportFolder:
             ExportError: something cannot be written; the shard then counts as not there.
         """
         kept = None if task.is_whole else (self._table(task), self._stored(task))
-        self.rows(task.index).unlink(missing_ok=True)
         views = self._write_views(task, result)
         stored, scales = {}, {}
         for label, scores in result.scores.items():
@@ -159,6 +158,7 @@ class ExportFolder:
         table = rows_table(result, task.entries, task.start, self.labels, scales, views)
         if kept is not None:
             table, stored = _merged(*kept, table, stored, task)
+        self.rows(task.index).unlink(missing_ok=True)
         try:
             group = self._group()
             for label, values in stored.items():
