@@ -22,7 +22,8 @@ from vitexplain.data import (
     shuffled,
     view_example,
 )
-from vitexplain.data.selection import united_area
+from vitexplain.data.entries import FileEntry
+from vitexplain.data.selection import held_out, united_area
 from vitexplain.errors import InputError
 from vitexplain.preprocessing import Preprocessing
 
@@ -155,6 +156,15 @@ class TestLoading:
 
 
 class TestParts:
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_no_picture_is_both_measured_and_trained_on(self, tmp_path: Path, listed: bool) -> None:
+        names = ["a.png#cat", "b.png#cat", "c.png", "a.png#dog", "b.png#dog", "d#1.png"]
+        entries = Examples([FileEntry(name, tmp_path / "x.png") for name in names])
+        examples = list(entries) if listed else entries
+        kept, others = held_out(examples, [3, 5, 2, 4, 0, 1], 2)
+        assert [each.name for each in kept] == ["a.png#dog", "d#1.png", "a.png#cat"]
+        assert [each.name for each in others] == ["c.png", "b.png#dog", "b.png#cat"]
+
     def test_first_and_every_other(self, examples: Examples) -> None:
         assert first(examples, 2).names == ("0.png", "1.png")
         assert first(examples, 99).names == examples.names

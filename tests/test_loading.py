@@ -168,6 +168,39 @@ class TestEmbedded:
             load_model("scenes", checkpoint=checkpoint)
 
 
+class TestCardBesideTimmsWeights:
+    """What `vitexplain train pm` writes beside the weights of timm's architectures counts there as well."""
+
+    @pytest.fixture
+    def card(self, checkpoint: Path) -> Path:
+        return checkpoint.with_suffix(".json")
+
+    def test_pictures_are_those_of_the_training(self, checkpoint: Path, card: Path) -> None:
+        plain = load_model(NAME, checkpoint=checkpoint).preprocessing
+        trained = plain.replace(mean=(0.4, 0.4, 0.4), crop_mode="squash")
+        card.write_text(json.dumps({"method": "pm", "preprocessing": trained.to_dict()}))
+        assert load_model(NAME, checkpoint=checkpoint).preprocessing == trained
+        given = load_model(NAME, checkpoint=checkpoint, preprocessing={"crop_mode": "border"})
+        assert given.preprocessing == trained.replace(crop_mode="border")
+
+    @pytest.mark.parametrize("text", ["[1, 2]", '{"epochs": 3}'])
+    def test_what_says_nothing_of_pictures_is_somebody_elses(self, checkpoint: Path, card: Path, text: str) -> None:
+        plain = load_model(NAME, checkpoint=checkpoint).preprocessing
+        card.write_text(text)
+        assert load_model(NAME, checkpoint=checkpoint).preprocessing == plain
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [("{", "is not JSON"), ('{"preprocessing": {"side": 96}}', "has a preprocessing that cannot be used")],
+    )
+    def test_what_cannot_be_read_is_no_reason_to_guess(
+        self, checkpoint: Path, card: Path, text: str, message: str
+    ) -> None:
+        card.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load_model(NAME, checkpoint=checkpoint)
+
+
 class TestWeights:
     @pytest.mark.parametrize(
         "wrap",

@@ -41,6 +41,31 @@ def shuffled(examples: ExampleSequence, seed: int) -> ExampleSequence:
     return examples.select(np.random.default_rng(seed).permutation(len(examples)).tolist())
 
 
+def chosen(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
+    """The examples at these places, in this order, not opened where they need not be."""
+    if isinstance(examples, ExampleSequence):
+        return examples.select(places)
+    return [examples[place] for place in places]
+
+
+def held_out(
+    examples: Sequence[Example], order: Sequence[int], count: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The first so many examples of an order, to measure on, and the rest, to train on; no picture is in both.
+
+    Args:
+        examples: of which several may show one picture: what stands before ``#`` in their names tells (`Example`). In
+            sequences other than lists and readers' examples, each counts as a picture of its own.
+        order: of all their places.
+        count: how many are kept; with them go the other examples of their pictures.
+    """
+    pictures = [name.rpartition("#")[0] or name for name in _names(examples)]
+    kept = {pictures[place] for place in order[:count]}
+    measured = [place for place in order if pictures[place] in kept]
+    trained = [place for place in order if pictures[place] not in kept]
+    return chosen(examples, measured), chosen(examples, trained)
+
+
 def covering_less_than(examples: ExampleSequence, share: float) -> ExampleSequence:
     """The examples whose object covers less than a share of the picture; see `coverage`.
 
@@ -80,6 +105,14 @@ def united_area(boxes: npt.NDArray[np.float64]) -> float:
         rows, columns = np.searchsorted(down, [y0, y1]), np.searchsorted(across, [x0, x1])
         covered[slice(*rows), slice(*columns)] = True
     return float(np.diff(down) @ covered @ np.diff(across)) if covered.size else 0.0
+
+
+def _names(examples: Sequence[Example]) -> Sequence[str]:
+    if isinstance(examples, ExampleSequence):
+        return examples.names
+    if isinstance(examples, list | tuple):
+        return [example.name for example in examples]
+    return [str(place) for place in range(len(examples))]  # names would take opening every file
 
 
 def _covers_less(examples: Sequence[Example], index: int, share: float) -> bool:

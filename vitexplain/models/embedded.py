@@ -104,8 +104,23 @@ def read_checkpoint_card(weights: Path) -> dict[str, Any]:
         CheckpointError: the description is missing, is not JSON or names no architecture.
     """
     path = weights.with_suffix(".json")
+    card = read_card(path)
+    if not isinstance(card, dict) or not isinstance(card.get("architecture"), dict):
+        raise CheckpointError(f"{path} has no 'architecture' entry. Train again with `vitexplain train classifier`.")
+    return card
+
+
+def read_card(path: Path) -> Any:
+    """Returns what a JSON description holds.
+
+    Args:
+        path: the ``.json`` file.
+
+    Raises:
+        CheckpointError: it is missing or is not JSON.
+    """
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}. Expected the description written with the weights; "
@@ -113,11 +128,9 @@ def read_checkpoint_card(weights: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is not JSON ({error}). Train again with `vitexplain train classifier`."
+            f"{path} is not JSON ({error}). Expected the description written with the weights; train again, or move it "
+            "away if it is something else."
         ) from error
-    if not isinstance(card, dict) or not isinstance(card.get("architecture"), dict):
-        raise CheckpointError(f"{path} has no 'architecture' entry. Train again with `vitexplain train classifier`.")
-    return card
 
 
 def load_checkpoint(weights: str | Path) -> nn.Module:

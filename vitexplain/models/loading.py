@@ -121,7 +121,7 @@ def load_model(
             default those in the card of an embedded model's `checkpoint`, or ImageNet's, where the number of classes is
             that of one of its sets.
         preprocessing: fields of `Preprocessing` to override, e.g. ``{"mean": (0.5, 0.5, 0.5)}``. By default what the
-            model was trained with, as timm, or the card of an embedded model's `checkpoint`, says.
+            model was trained with, as the card that ``vitexplain train`` wrote beside `checkpoint` says, or timm.
         device: where to put the model; the CPU by default.
 
     Raises:
@@ -137,7 +137,7 @@ def load_model(
         model, weights, names, prepare = _embedded_model(name, checkpoint)
     elif name.startswith(_PREFIX):
         model, weights = _timm_model(name, checkpoint)
-        names, prepare = imagenet_labels(model), Preprocessing.from_timm(model)
+        names, prepare = imagenet_labels(model), _trained_with(checkpoint) or Preprocessing.from_timm(model)
     else:
         raise UnknownNameError(
             f"no model called {name!r}. Known: {EMBEDDED} and {EMBEDDED_FOR_PM} (embedded), {_PREFIX}ARCHITECTURE "
@@ -193,33 +193,43 @@ def _embedded_model(
     name: str,
     checkpoint: str | os.PathLike[str] | None,
 ) -> tuple[nn.Module, str, Sequence[str] | None, Preprocessing]:
-    from ..data.scenes import CLASS_NAMES
+    from ..data.scenes import CLASS_NAMES, MEAN, STD
     from .embedded import load_checkpoint, load_patch_mask_model, load_scenes_model, read_checkpoint_card
 
     shipped = load_scenes_model if name == EMBEDDED else load_patch_mask_model
     model = shipped() if checkpoint is None else load_checkpoint(os.fspath(checkpoint))
     card = {} if checkpoint is None else read_checkpoint_card(Path(checkpoint))
     names = CLASS_NAMES if model.num_classes == len(CLASS_NAMES) else None
-    height, width = cast("Any", model).patch_embed.img_size
+    fields = card.get("preprocessing")
+    if fields is None:
+        shape = card.get("input_size", (3, *cast("Any", model).patch_embed.img_size))
+        fields = {"size": tuple(shape[1:]), "mean": card.get("mean", MEAN), "std": card.get("std", STD)}
+        fields["crop_fraction"] = 1.0
+    prepare = _card_preprocessing(fields, checkpoint)
+    return model, "embedded" if checkpoint is None else str(checkpoint), card.get("classes", names), prepare
+
+
+def _trained_with(checkpoint: str | os.PathLike[str] | None) -> Preprocessing | None:
+    """How the pictures were prepared that a timm model was trained on, where `vitexplain train` wrote its weights."""
+    from .embedded import read_card
+
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint).with_suffix(".json")
+    card = read_card(path) if path.is_file() else None
+    fields = card.get("preprocessing") if isinstance(card, dict) else None
+    return None if fields is None else _card_preprocessing(fields, checkpoint)
+
+
+def _card_preprocessing(fields: Mapping[str, Any], checkpoint: str | os.PathLike[str] | None) -> Preprocessing:
+    """The preprocessing of the fields that a card says or implies."""
     try:
-        prepare = _card_preprocessing(card, (height, width))
+        return Preprocessing(**fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"the card of {str(checkpoint)!r} has a preprocessing that cannot be used ({error}); expected the fields "
             "of Preprocessing: correct them, or train again"
         ) from error
-    return model, "embedded" if checkpoint is None else str(checkpoint), card.get("classes", names), prepare
-
-
-def _card_preprocessing(card: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """How the pictures were prepared that a checkpoint was trained on; what its card does not say is as for scenes."""
-    from ..data.scenes import MEAN, STD
-
-    known = card.get("preprocessing")
-    if known is not None:
-        return Preprocessing(**known)
-    shape = card.get("input_size", (3, *size))
-    return Preprocessing(tuple(shape[1:]), card.get("mean", MEAN), card.get("std", STD), crop_fraction=1.0)
 
 
 def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[nn.Module, str]:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from ..data.entries import ExampleSequence
 from ..data.example import Example
+from ..data.selection import held_out
 from ..errors import InputError, VitExplainError
 from ..iavit.checkpoint import save_checkpoint
 from ..iavit.interpreter import Interpreter, InterpreterShape, fresh_interpreter
@@ -263,9 +264,13 @@ def _with_validation(
             raise InputError("found no examples to train on or to choose by, expected at least one of each")
         return examples, validation
     kept, seen = _split(len(examples), settings)
-    if isinstance(examples, ExampleSequence):
-        return examples.select(seen), examples.select(kept)
-    return [examples[place] for place in seen], [examples[place] for place in kept]
+    measured, trained = held_out(examples, [*kept, *seen], len(kept))
+    if not len(trained):
+        raise InputError(
+            f"found {len(examples)} examples of the pictures that are kept to choose weights by, expected some of "
+            "other pictures to train on: give more pictures, or a smaller validation_share"
+        )
+    return trained, measured
 
 
 def _split(count: int, settings: IAViTSettings) -> tuple[list[int], list[int]]:

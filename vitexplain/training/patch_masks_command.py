@@ -70,13 +70,14 @@ def train_pm_command(
         typer.Option("--set", metavar="NAME=VALUE", help="A field of PatchMaskSettings; may be repeated."),
     ] = None,
     validation: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Images kept from --annotated, at random, to measure on; 0: none.")
+        int, typer.Option(min=0, metavar="N", help="Kept from --annotated, at random, to measure on: whole pictures.")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted training.")] = False,
     logs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where metrics.csv goes.")] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
 ) -> None:
     """Trains a model's classifier to name the object of each patch, from labels and a few masks, for the method pm."""
+    from ..data.selection import held_out
     from ..models.loading import load_model
     from .patch_mask_settings import PatchMaskSettings
     from .patch_masks import train_patch_masks
@@ -91,7 +92,9 @@ def train_pm_command(
         masked, labelled = _split(labelled, share, settings.seed)
     else:
         masked = _open(annotated, annotated_option or (), loaded, {})
-    kept, masked = _drawn(masked, validation, settings.seed) if validation else ([], masked)
+    kept: Sequence[Example] = []
+    if validation:
+        kept, masked = held_out(masked, _random_order(masked, settings.seed), validation)
     if not len(masked):
         raise InputError(f"found {len(kept)} images with masks, all kept by --validation; expected some to train on")
     if pseudo_masks is not None:
@@ -156,22 +159,21 @@ def _open(spec: str, options: Sequence[str], loaded: LoadedModel, more: Mapping[
 
 def _split(examples: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """A random share of the examples, and the others."""
+    from ..data.selection import chosen
+
     count = round(share * len(examples))
     if not 0 < count < len(examples):
         raise OptionError(f"--share: found {share}, which is {count} of {len(examples)} images; expected some, not all")
-    return _drawn(examples, count, seed)
+    order = _random_order(examples, seed)
+    return chosen(examples, order[:count]), chosen(examples, order[count:])
 
 
-def _drawn(examples: Sequence[Example], count: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
-    """So many of the examples at random, since readers list them by class, and the others."""
+def _random_order(examples: Sequence[Example], seed: int) -> list[int]:
+    """Readers list examples by class."""
     import numpy as np
 
-    from ..data import ExampleSequence
-
-    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
-    if isinstance(examples, ExampleSequence):
-        return examples.select(order[:count]), examples.select(order[count:])
-    return [examples[index] for index in order[:count]], [examples[index] for index in order[count:]]
+    order: list[int] = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    return order
 
 
 def _card(model: str, checkpoint: Path | None) -> dict[str, Any]:
