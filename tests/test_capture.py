@@ -267,6 +267,20 @@ def test_blocks_that_are_not_supported_are_named() -> None:
         adapt(model)
 
 
+def test_a_block_that_was_compiled_alone_is_refused_with_two_that_work() -> None:
+    from vitexplain import get_explainer
+
+    model = make_model("cls")
+    images = torch.randn(1, 3, *model.patch_embed.img_size)
+    expected = get_explainer("rollout", model)(images).scores
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"block 1 was replaced by what torch\.compile made of it"):
+        adapt(model)
+    model.blocks[1] = model.blocks[1]._orig_mod
+    model.blocks[1].compile(backend="eager")
+    torch.testing.assert_close(get_explainer("rollout", model)(images).scores, expected)
+
+
 def test_a_head_without_known_pooling_leaves_gradcam() -> None:
     from vitexplain import get_explainer
 

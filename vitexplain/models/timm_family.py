@@ -135,6 +135,12 @@ class TimmAdapter(ModelAdapter):
         for index, block in enumerate(self._vit.blocks):
             describe = next((kinds[kind] for kind in type(block).__mro__ if kind in kinds), None)
             if describe is None:
+                if hasattr(block, "_orig_mod"):
+                    raise UnsupportedModelError(
+                        f"block {index} was replaced by what torch.compile made of it, in which nothing can be watched; "
+                        "expected the block itself: compile it in its place (model.blocks[i].compile()), compile the "
+                        "whole model, or put the block back (model.blocks[i] = model.blocks[i]._orig_mod)"
+                    )
                 raise UnsupportedModelError(
                     f"block {index} is a {type(block).__module__}.{type(block).__name__}; expected one of timm's: "
                     f"{', '.join(kind.__name__ for kind in kinds)}. Write a ModelAdapter for it and pass that "
