@@ -127,6 +127,12 @@ def test_data_in_one_word() -> None:
         ("seed: 1\nseed: 2\n", InputError, r"line 2: found 'seed' a second time \(first in line 1\)"),
         ("seed: [\n", InputError, "is no YAML"),
         ("- 1\n", InputError, "found list in"),
+        ("seed: 0x_\n", InputError, "is no YAML: invalid literal"),
+        ("data: {limit: 2020-13-45}\n", InputError, "is no YAML: month must be in"),
+        ("data: {select: [even]}\n", OptionError, r"found select: \['even'\], expected one of"),
+        ("data: {options: {seed: {a: 1}}}\n", OptionError, "found the option seed: .*, expected text, a number"),
+        ("methods: [{name: rollout, options: [1]}]\n", OptionError, r"found options: \[1\], expected a mapping"),
+        ("metrics: [{name: sensitivity_max, radius: .inf}]\n", OptionError, "found radius=inf, expected a number"),
         ("a: !!python/object/apply:os.getcwd []\n", InputError, "is no YAML"),
     ],
 )

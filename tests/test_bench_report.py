@@ -19,7 +19,7 @@ from vitexplain.bench.command import conclude
 from vitexplain.bench.configuration import BenchConfiguration
 from vitexplain.bench.curve_bands import Curve, mean_curve
 from vitexplain.bench.figures import FigureRow, compute_figures, figure_rows
-from vitexplain.bench.formatting import decimals_for, show_estimate, show_seconds
+from vitexplain.bench.formatting import decimals_for, markdown_cell, show_estimate, show_seconds
 from vitexplain.bench.plots import CostPanel, CurvePanel, Pictures, Point
 from vitexplain.bench.report import write_report
 from vitexplain.bench.results import write_figures
@@ -283,3 +283,23 @@ def test_pictures_take_any_number_of_methods_and_leave_settings_alone(tmp_path: 
         pixels = np.asarray(image.convert("L"))
     margins = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     assert all((margin == 255).all() for margin in margins), "text is cut off"
+
+
+def test_labels_are_shown_as_they_are(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from vitexplain.bench import plots
+
+    labels = [r"$\alfa$", "_hidden", "a $ b", "plain_name"]
+    pictures, x = Pictures(tmp_path, labels), np.linspace(0, 1, 5)
+    pictures.curves("curves", [CurvePanel(r"$\x$", x, r"$\y$", "$", {each: Curve(x, x, x) for each in labels})])
+    pictures.costs("costs", [CostPanel(r"$\x$", r"$\y$", {each: Point(1, 1, 1, 1) for each in labels})])
+    pictures.ranks("ranks", [r"$\alfa$", "_b"], {each: [(1, 1), None] for each in labels})
+    axis = Figure().add_subplot()
+    for label in labels:
+        axis.plot([0, 1], label=plots._text(label))
+    assert len(axis.get_legend_handles_labels()[1]) == len(labels)
+
+
+def test_a_cell_of_a_table_is_one_line() -> None:
+    assert markdown_cell("two\nlines | bar") == "two lines \\| bar"

@@ -38,8 +38,10 @@ from vitexplain.bench.configuration import BenchConfiguration
 from vitexplain.bench.results import BenchResults
 from vitexplain.bench.store import CellStore
 from vitexplain.capture import Capture
+from vitexplain.data import batches
 from vitexplain.data.catalogue import open_dataset
 from vitexplain.data.scenes import CLASS_NAMES
+from vitexplain.images import load_image
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.metric import MetricBatch
 from vitexplain.metrics.predictor import Predictor
@@ -435,6 +437,63 @@ def test_what_the_data_lacks_is_listed(tmp_path: Path) -> None:
         (images / f"{number}.png").unlink()
     with pytest.warns(ExplanationWarning), pytest.raises(InputError, match=r"nothing remains to be measured: .*broken"):
         bench(tmp_path / "broken", data=data)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Four pictures with boxes, as an annotated data set."""
+    root = tmp_path / "annotated"
+    (root / "images").mkdir(parents=True)
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (70, 90, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+    return root
+
+
+def annotate(root: Path, **changed: int) -> dict[str, Any]:
+    """Settings of a benchmark on the pictures of a folder, whose third record says something else of its size."""
+    records = [{"file": f"{number}.png", "boxes": [[5, 5, 40, 40]], "w": 90, "h": 70} for number in range(4)]
+    records[2].update(changed)
+    (root / "annotations.json").write_text(json.dumps(records))
+    return {"methods": ["rollout"], "metrics": ["energy_in_box"], "data": f"annotated:{root}", "chunk_size": 2}
+
+
+@pytest.mark.parametrize("broken", [["2.png"], ["2.png", "3.png"]])
+def test_a_disk_that_did_not_answer_is_asked_again(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: list[str], explained: list[Any]
+) -> None:
+    settings = annotate(photographs)
+    with monkeypatch.context() as patch:
+
+        def load(source: Any, **options: Any) -> Any:
+            if Path(source).name in broken:
+                raise InputError(f"{source} cannot be opened: Stale file handle")
+            return load_image(source, **options)
+
+        patch.setattr(batches, "load_image", load)
+        with pytest.warns(ExplanationWarning, match="leaves out"):
+            found = bench(tmp_path / "out", **settings)
+        assert [each["image"] for each in found.run["left_out"]] == broken
+    explained.clear()
+    again = bench(tmp_path / "out", **settings)
+    assert again.run["left_out"] == []
+    assert [count for _, count in explained] == [2], "the other chunk is kept"
+    assert outcome(again) == outcome(bench(tmp_path / "fresh", **settings))
+    assert bench(tmp_path / "out", **settings).run["cells"]["computed"] == 0
+
+
+def test_a_size_that_was_corrected_is_noticed(photographs: Path, tmp_path: Path) -> None:
+    with pytest.warns(ExplanationWarning, match="leaves out"):
+        found = bench(tmp_path / "out", **annotate(photographs, w=91))
+    assert [each["image"] for each in found.run["left_out"]] == ["2.png"]
+    assert bench(tmp_path / "out", **annotate(photographs)).run["left_out"] == []
+
+
+def test_names_that_are_no_text_are_written_out(photographs: Path, tmp_path: Path) -> None:
+    os.rename(photographs / "images" / "1.png", os.fsencode(photographs / "images") + b"/caf\xe9.png")
+    settings = {**annotate(photographs), "metrics": [{"name": "deletion", "steps": 4}]}
+    found = bench(tmp_path / "out", **{**settings, "data": f"folder:{photographs}"})
+    assert {row["image"] for row in rows_of(found)} == {"0.png", "2.png", "3.png", "caf\\udce9.png"}
 
 
 def test_images_without_what_a_metric_requires_are_unmeasured(tmp_path: Path) -> None:

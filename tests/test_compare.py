@@ -330,6 +330,14 @@ class TestAgreement:
         assert top_overlap(sound, flat).isnan().all()
         assert top_overlap(broken, sound).isnan().all()
 
+    def test_overlap_of_maps_that_are_zero_nearly_everywhere_is_chance(self) -> None:
+        first, second = torch.zeros(2, 1, 14, 14)
+        first[0, 0, 0], second[0, 13, 13] = 1, 1
+        found = top_overlap(first, second, 20 / 196)
+        assert found.item() == pytest.approx((2 * 19 / 195 + 194 * (19 / 195) ** 2) / 20)
+        assert found.item() < 0.11
+        assert top_overlap(first, first, 20 / 196).item() == 1
+
     @pytest.mark.parametrize("share", [0, 1.1])
     def test_overlap_checks_its_share(self, share: float) -> None:
         with pytest.raises(OptionError, match="share"):

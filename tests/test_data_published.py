@@ -150,6 +150,8 @@ class TestCoco:
                 r"annotations\[0\]: found a polygon \[1, 2",
             ),
             (lambda c: c["annotations"][0].update(segmentation=[[1, 2, "3", 4]]), r"found a polygon"),
+            (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 2**70, 4, 5, 6]]), r"found a polygon"),
+            (lambda c: c["annotations"][0].update(segmentation=[[1, 2, float("nan"), 4, 5, 6]]), r"found a polygon"),
             (lambda c: c["annotations"][0].update(segmentation=7), r"found a segmentation 7"),
             (lambda c: c["annotations"][1]["segmentation"].update(size=[30, 20]), r"of size \[20, 30\]"),
             (lambda c: c["annotations"][1]["segmentation"].update(counts=[1, 2]), r"they cover 3 pixels of 600"),

@@ -113,6 +113,16 @@ def test_equal_patches_share_the_places_that_are_left() -> None:
     assert figures(pair_of(first, second), top_share=0.4)["top_overlap"] == pytest.approx((1 + 1 / 3) / 2)
 
 
+def test_unrelated_maps_with_few_patches_share_what_chance_gives() -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = (
+        torch.rand(400, 8, 8, generator=generator) * (torch.rand(400, 8, 8, generator=generator) < 0.03)
+        for _ in range(2)
+    )
+    found = create_metric("class_sensitivity", top_share=0.25).measure(pair_of(first, second))["top_overlap"]
+    assert float(found.mean()) == pytest.approx(0.25, abs=0.02)
+
+
 def test_flat_maps_have_an_overlap_but_no_correlation() -> None:
     maps = torch.full((1, 3, 5), 0.1)
     found = create_metric("class_sensitivity").measure(pair_of(maps, maps.clone()))

@@ -153,8 +153,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()  # paths may hold bytes that are no text
+        return as_text(value)
     return value
+
+
+def as_text(name: str) -> str:
+    r"""A file's name as it can be written down: bytes in it that are no text become ``\udcXX``."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _clean(name: str) -> str:

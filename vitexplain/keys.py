@@ -29,8 +29,12 @@ def seed_of(*parts: Any) -> int:
 
 
 def example_digest(example: Example) -> str:
-    """Digest of an example's content: name, picture, classes, mask and boxes; where the file lies does not count."""
-    sha = hashlib.sha256(json.dumps([example.name, list(example.labels)]).encode())
+    """Digest of an example's content; where the file lies does not count.
+
+    Name, picture, classes, mask, boxes, and the size that the annotation has: pictures of another are refused.
+    """
+    size = [] if example.size is None else [list(example.size)]
+    sha = hashlib.sha256(json.dumps([example.name, list(example.labels), *size]).encode())
     if isinstance(example.image, Path):
         _add_file(sha, example.image)
     else:

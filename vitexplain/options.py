@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,4 +118,4 @@ def _fits(default: Any, value: Any, choices: tuple[Any, ...], minimum: float | N
         return value in choices if choices else isinstance(value, str) and isinstance(default, str)
     if not isinstance(value, int if isinstance(default, int) else (int, float)):
         return False
-    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
+    return math.isfinite(value) and (minimum is None or value >= minimum) and (maximum is None or value <= maximum)

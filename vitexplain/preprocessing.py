@@ -258,7 +258,7 @@ class Preprocessing:
 
 
 def _check_choice(what: str, value: object, possible: Sequence[str] | dict[str, Any]) -> None:
-    if value not in possible:
+    if not isinstance(value, str) or value not in possible:
         raise OptionError(f"{what} is {value!r}, expected one of {', '.join(possible)}.")
 
 

@@ -25,7 +25,7 @@ from ..models.shipped import shipped_checkpoint
 from ..randomness import seeded
 from .configuration import BenchConfiguration
 from .image_set import Chunk, ImageSet
-from .predictions import predict
+from .predictions import predict, unread
 from .store import CellStore, Columns
 
 ANNOTATIONS = frozenset({"labels", "masks", "boxes"})
@@ -75,7 +75,7 @@ class ChunkRun:
     def predictions(self) -> Columns:
         """One row an image of the chunk; see `predict`."""
         stored = self._stored(self._predictions_key, self.chunk.names)
-        if stored is not None:
+        if stored is not None and not self._can_be_read_by_now(stored):
             return stored
         batch, failures = self._loaded
         settings, labels = (
@@ -197,6 +197,12 @@ class ChunkRun:
                 images, target = self.inputs[one], self.targets[one]
                 maps.append(explain_quietly([method], self.model.subject, images, target)[0].scores)
         return torch.cat(maps)
+
+    def _can_be_read_by_now(self, predictions: Columns) -> bool:
+        """Whether an image can be read now that could not: a disk that did not answer says nothing of its content."""
+        failed = unread(predictions)
+        places = [place for place, again in zip(self.chunk.places, failed, strict=True) if again]
+        return any(self.plan.images.can_be_read(place, self.model.preprocessing) for place in places)
 
     @cached_property
     def _loaded(self) -> tuple[ExampleBatch | None, Mapping[str, str]]:

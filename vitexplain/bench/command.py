@@ -180,7 +180,7 @@ def read_settings(option: str, texts: Sequence[str]) -> dict[str, Any]:
             raise OptionError(f"{option}: found {text!r}, expected NAME=VALUE")
         try:
             settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise OptionError(f"{option}: found {value!r} for {name}, expected a plain value") from error
     return settings
 

@@ -78,7 +78,9 @@ def read_mapping(path: str | os.PathLike[str]) -> LocatedMapping:
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
     try:
         found = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of values, such as a date that is none
         raise InputError(f"{str(file)!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, LocatedMapping):
         raise InputError(f"found {type(found).__name__} in {str(file)!r}, expected a mapping such as 'methods: all'")

@@ -130,8 +130,12 @@ class DataEntry:
         _check_texts(self, "format")
         _check_texts(self, "root", optional=True)
         check("options", self.options, isinstance(self.options, Mapping), "a mapping")
+        for name, value in self.options.items():
+            plain = value is None or isinstance(value, str | bool | int | float)
+            check(f"the option {name}", value, plain, "text, a number, true or false")
         object.__setattr__(self, "options", dict(self.options))
-        check("select", self.select, self.select in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
+        known = isinstance(self.select, str) and self.select in SELECTIONS
+        check("select", self.select, known, f"one of {', '.join(SELECTIONS)}")
         check("limit", self.limit, self.limit is None or is_count(self.limit), "a whole number >= 1, or nothing")
 
     @classmethod
@@ -210,6 +214,7 @@ def _named_options(given: object, where: str) -> dict[str, Any]:
         raise OptionError(f"found {given!r} for {where}, expected a name, or a mapping with 'name' and options")
     # a mapping from `configuration_record` keeps options apart, one written by hand has them beside the name
     apart = given.get("options") or {}
+    check("options", apart, isinstance(apart, Mapping), f"a mapping of the options of {where}")
     beside = {key: value for key, value in given.items() if key not in ("name", "label", "options")}
     return {"name": given["name"], "label": given.get("label") or "", "options": {**apart, **beside}}
 

@@ -36,6 +36,11 @@ def show_estimate(estimate: Mapping[str, Any], decimals: int | None = None) -> s
     return f"{estimate['value']:.{digits}f} [{low}, {high}]"
 
 
+def markdown_cell(text: object) -> str:
+    """Text as it stands in a cell of a Markdown table: in one line, its bars written out."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 def show_seconds(seconds: float) -> str:
     """A time with its unit, three significant digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):

@@ -94,13 +94,19 @@ class ImageSet:
             (batch,) = load_examples(self.examples.select(chunk.places), preprocessing, batch_size=len(chunk.places))
         except InputError:
             return None, {
-                name: self._failure(place, preprocessing) for place, name in zip(chunk.places, chunk.names, strict=True)
+                name: self._failure(place, preprocessing) or "it could not be read, but can be now; run again"
+                for place, name in zip(chunk.places, chunk.names, strict=True)
             }
         return batch, {each.name: each.reason for each in batch.unreadable}
 
+    def can_be_read(self, place: int, preprocessing: Preprocessing) -> bool:
+        """Whether the image at a place can be read now."""
+        return not self._failure(place, preprocessing)
+
     def _failure(self, place: int, preprocessing: Preprocessing) -> str:
+        """Why an image cannot be read; empty if it can."""
         try:
             list(load_examples(self.examples.select([place]), preprocessing))
         except InputError as error:
             return str(error)
-        return "it could not be read, but can be now; run again"
+        return ""

@@ -102,8 +102,8 @@ class Pictures:
                 for method, curve in panel.curves.items():
                     style, every = self.styles[method], max(1, len(panel.x) // 10)
                     axis.fill_between(panel.x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
-                    axis.plot(panel.x, curve.mean, label=method, markevery=every, markersize=4, **style)
-                axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+                    axis.plot(panel.x, curve.mean, label=_text(method), markevery=every, markersize=4, **style)
+                axis.set(title=_text(panel.title), xlabel=_text(panel.x_label), ylabel=_text(panel.y_label))
                 axis.margins(x=0.02)
             _legend(figure, axes)
             return self._save(figure, name)
@@ -123,14 +123,15 @@ class Pictures:
                         point.cost,
                         point.value,
                         yerr=error,
-                        label=method,
+                        label=_text(method),
                         color=style["color"],
                         marker=style["marker"],
                         markersize=7,
                         capsize=3,
                         linestyle="none",
                     )
-                axis.set(title=panel.title, xlabel="time, in plain forward passes", ylabel=panel.y_label, xscale="log")
+                axis.set(title=_text(panel.title), ylabel=_text(panel.y_label))
+                axis.set(xlabel="time, in plain forward passes", xscale="log")
                 costs = [point.cost for point in panel.points.values()]
                 axis.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
                 axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -159,8 +160,10 @@ class Pictures:
                 for across, rank in enumerate(row):
                     _rank_cell(axis, across, down, rank, worst)
             axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(len(ranks) - 0.5, -0.5))
-            axis.set_yticks(range(len(ranks)), list(ranks))
-            axis.set_xticks(range(len(metrics)), metrics, rotation=35, ha="left", rotation_mode="anchor")
+            axis.set_yticks(range(len(ranks)), [_text(method) for method in ranks])
+            axis.set_xticks(
+                range(len(metrics)), [_text(each) for each in metrics], rotation=35, ha="left", rotation_mode="anchor"
+            )
             axis.xaxis.tick_top()
             axis.tick_params(length=0)
             axis.grid(False)
@@ -219,6 +222,12 @@ def _ink() -> Any:
             "svg.fonttype": "path",
         }
     )
+
+
+def _text(label: str) -> str:
+    """A user's label as it is: no formula between dollars, and no underscore that leaves it out of a legend."""
+    plain = label.replace("$", r"\$")
+    return rf"$\_${plain[1:]}" if plain.startswith("_") else plain
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:

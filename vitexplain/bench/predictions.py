@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import InputError
@@ -56,6 +57,12 @@ def predict(
         for name in names
     ]
     return {key: np.array([row[key] for row in rows], kind) for key, kind in _KINDS.items()}
+
+
+def unread(predictions: Columns) -> npt.NDArray[np.bool_]:
+    """Which of the images of `predict` could not be read at all."""
+    found: npt.NDArray[np.bool_] = (predictions["failure"] != "") & (predictions["prediction"] < 0)
+    return found
 
 
 def _row(name: str, labels: Sequence[int], probabilities: Tensor, target: str, only_correct: bool) -> dict[str, object]:

@@ -14,7 +14,7 @@ from ..metrics.curves import CurveMetric
 from .configuration import BenchConfiguration
 from .curve_bands import mean_curve
 from .figures import FigureRow
-from .formatting import show_seconds
+from .formatting import markdown_cell, show_seconds
 from .plots import CostPanel, CurvePanel, Pictures, Point, Rank
 from .results import BenchResults
 from .sections import Section, make_sections
@@ -54,7 +54,7 @@ def write_report(results: BenchResults, configuration: BenchConfiguration) -> No
         keep_trailing_newline=True,
     )
     environment.filters["seconds"] = show_seconds
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # in a table of Markdown
+    environment.filters["cell"] = markdown_cell
     content = _Report(results, configuration).content()
     for name in ("report.html", "report.md"):
         text = environment.get_template(f"{name}.j2").render(content)

@@ -118,7 +118,8 @@ def _figures(plan: Plan, outcome: ModelOutcome, metric: str) -> list[FigureRow]:
         return []
     chosen = plan.metrics[metric]
     settings = [CONFIDENCE, RESAMPLES, PERMUTATIONS, plan.configuration.seed]
-    key = digest("figures", chosen.info.name, chosen.options, sorted(cells.items()), settings)
+    taking_part = outcome.predictions["image"][outcome.predictions["used"]].tolist()
+    key = digest("figures", chosen.info.name, chosen.options, sorted(cells.items()), taking_part, settings)
     columns = plan.store.read(key)
     if columns is None:
         rows = {method: _rows(plan.store, keys) for method, keys in cells.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..metrics.correlation import spearman
-from ..metrics.ordering import rank
+from ..metrics.ordering import shared_top
 
 if TYPE_CHECKING:
     from .comparison import Case, Comparison
@@ -43,7 +43,8 @@ class Agreement:
 def top_overlap(first: Tensor, second: Tensor, share: float = TOP_SHARE) -> Tensor:
     """Share of their k highest patches that two maps have in common; by chance it is about `share`.
 
-    Of equal scores the first in reading order is the higher one.
+    Where equal scores leave open which are the highest, it is what is expected if each has the same chance; maps with
+    the same patches at the top, and the same left open, have all in common.
 
     Args:
         first: (B, h, w).
@@ -60,9 +61,8 @@ def top_overlap(first: Tensor, second: Tensor, share: float = TOP_SHARE) -> Tens
         raise OptionError(f"found share={share!r}, expected a number in (0, 1]")
     flat = [each.detach().flatten(1) for each in (first, second)]
     count = max(1, round(share * flat[0].shape[1]))
-    both = (rank(flat[0]) < count) & (rank(flat[1]) < count)
     told = [each.isfinite().all(1) & (each.amax(1) > each.amin(1)) for each in flat]
-    return (both.sum(1).double() / count).masked_fill(~(told[0] & told[1]), torch.nan)
+    return shared_top(flat[0], flat[1], count).masked_fill(~(told[0] & told[1]), torch.nan)
 
 
 def agreements(comparison: Comparison, share: float = TOP_SHARE) -> Iterator[Agreement]:

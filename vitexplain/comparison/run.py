@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..api import load_model
 from ..errors import ExplanationWarning, OptionError, TargetError, UnsupportedModelError
 from ..explainer import Subject, explain_with
+from ..files import as_text
 from ..method import Method
 from ..models.adapter import ModelAdapter
 from ..models.graphs import opened
@@ -250,4 +251,4 @@ def _image_names(images: Images, count: int) -> list[str]:
     if isinstance(images, Tensor) or len(listed) != count:
         return [f"image {number}" for number in range(1, count + 1)]
     paths = [each if isinstance(each, str | os.PathLike) else getattr(each, "filename", "") for each in listed]
-    return [os.path.basename(os.fspath(path)) or f"image {number}" for number, path in enumerate(paths, 1)]
+    return [as_text(os.path.basename(os.fspath(path))) or f"image {number}" for number, path in enumerate(paths, 1)]

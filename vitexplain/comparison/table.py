@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..bench.formatting import show_seconds
+from ..bench.formatting import markdown_cell, show_seconds
 from .agreement import Agreement, agreements
 from .faithfulness import METRICS
 
@@ -57,7 +57,7 @@ class ComparisonTable:
             line += [show_figure(row[name]) for name in ("agreement", *self.better)]
             line += [row["passes"], *([show_seconds(row["seconds"]), f"{row['forwards']:.2f}"] if timed else [])]
             lines.append(line)
-        text = [f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |" for line in lines]
+        text = [f"| {' | '.join(markdown_cell(each) for each in line)} |" for line in lines]
         unmeasured = self.better and not all(case.is_class for case, _ in self.maps)
         note = ["", f"{_DASH}: {NO_PROBABILITY}"] if unmeasured else []
         return "\n".join([*text, *note])

@@ -12,6 +12,7 @@ from typing import overload
 import numpy as np
 
 from ..errors import InputError
+from ..files import as_text
 from .example import Example
 from .masks import MaskSource
 
@@ -24,10 +25,13 @@ class Entry(ABC):
     """What a reader knows of an example from the metadata alone; small, and fit to be sent to another process.
 
     Attributes:
-        name: the example's name.
+        name: the example's name; what of a file's name is no text is written out.
     """
 
     name: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", as_text(self.name))
 
     @property
     @abstractmethod

@@ -14,6 +14,7 @@ from ..options import option
 from .catalogue import Figure, register_metric
 from .correlation import pearson, spearman
 from .metric import Metric, MetricBatch
+from .ordering import shared_top
 from .predictor import Predictor
 
 
@@ -49,7 +50,7 @@ class ClassSensitivity(Metric):
         statistics = {
             "spearman": spearman(first, second),
             "pearson": pearson(first, second),
-            "top_overlap": torch.minimum(_top(first, count), _top(second, count)).sum(1) / count,
+            "top_overlap": shared_top(first, second, count),
         }
         return {name: value.masked_fill(~sound, torch.nan) for name, value in statistics.items()}
 
@@ -71,10 +72,3 @@ def _other_maps(batch: MetricBatch) -> Tensor:
             "same shape: let explain be the method that gave the scores"
         )
     return maps.detach().to(batch.scores)
-
-
-def _top(values: Tensor, count: int) -> Tensor:
-    """How far each value is among the `count` largest of its row (B, P), in [0, 1]; equal values share what is left."""
-    least = values.topk(count).values[:, -1:]
-    above, tied = values > least, values == least
-    return above + tied * (count - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)

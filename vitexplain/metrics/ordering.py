@@ -84,6 +84,24 @@ def rank(values: Tensor, most_relevant_first: bool = True) -> Tensor:
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places)
 
 
+def shared_top(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """The share (B,) float64 of their `count` highest values that rows (B, n) have in common; count / n by chance.
+
+    Of values that are equal where the highest end, each has the same chance to be among them, independently in both
+    rows: what is expected is given. Rows whose highest are the same, with the same left open, share all.
+    """
+    one, other = (_among_highest(each, count) for each in (first, second))
+    return torch.where((one == other).all(1), 1.0, (one * other).sum(1) / count)
+
+
+def _among_highest(values: Tensor, count: int) -> Tensor:
+    """The chance (B, n) float64 of each value to be among the `count` highest of its row."""
+    least = values.topk(count).values[:, -1:]
+    above, tied = values > least, (values == least).double()
+    left = count - above.sum(1, keepdim=True)
+    return above + tied * left / tied.sum(1, keepdim=True).clamp(min=1)
+
+
 def _nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, h, w) to (B, H, W) of any dtype: each pixel takes the patch that its centre lies in."""
     rows, columns = (

@@ -137,9 +137,9 @@ class TimmAdapter(ModelAdapter):
             if describe is None:
                 if hasattr(block, "_orig_mod"):
                     raise UnsupportedModelError(
-                        f"block {index} was replaced by what torch.compile made of it, in which nothing can be watched; "
-                        "expected the block itself: compile it in its place (model.blocks[i].compile()), compile the "
-                        "whole model, or put the block back (model.blocks[i] = model.blocks[i]._orig_mod)"
+                        f"block {index} was replaced by what torch.compile made of it, in which nothing can be "
+                        "watched; expected the block itself: compile it in its place (model.blocks[i].compile()), "
+                        "compile the whole model, or put it back (model.blocks[i] = model.blocks[i]._orig_mod)"
                     )
                 raise UnsupportedModelError(
                     f"block {index} is a {type(block).__module__}.{type(block).__name__}; expected one of timm's: "
