@@ -9,7 +9,8 @@ import pytest
 import torch
 from families import make_images, make_model
 from lighter import get_explainer
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitexplain import UnsupportedModelError
 from vitexplain.borrowing import attributes_set, borrowed
@@ -45,6 +46,88 @@ def test_modules_that_were_compiled_in_place_are_explained_as_they_are(name: str
     calls = [module._compiled_call_impl for module in compiled]
     torch.testing.assert_close(get_explainer(name, model)(images, 1).scores, expected)
     assert [module._compiled_call_impl for module in compiled] == calls
+
+
+class FirstBlockApart(nn.Sequential):
+    """Blocks of which the first runs in another way."""
+
+    how: str = ""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        first, *others = self
+        if self.how == "frozen":
+            with torch.no_grad():
+                tokens = first(tokens)
+        elif self.how == "detached":
+            tokens = first(tokens).detach()
+        else:
+            tokens = checkpoint(first, tokens, use_reentrant=self.how == "reentrant")
+        for each in others:
+            tokens = each(tokens)
+        return tokens
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("frozen", "runs where gradients are switched off"),
+        ("reentrant", "runs where gradients are switched off"),
+        ("detached", "is not joined to"),
+        ("checkpointed", "a second time in the backward pass"),
+    ],
+)
+@pytest.mark.parametrize("name", ["generic_attention", "tokentm", "attcat", "gmar", "transformer_attribution"])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_parts_without_a_gradient_are_refused_and_not_taken_for_nothing(name: str, how: str, reason: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    expected = {each: get_explainer(each, model)(images, 1).scores for each in ("rollout", "gradcam")}
+    model.blocks = FirstBlockApart(*model.blocks)  # type: ignore[arg-type]
+    model.blocks.how = how
+    with pytest.raises(UnsupportedModelError, match=reason):
+        get_explainer(name, model)(images, 1)
+    for each, scores in expected.items():  # which ask for no gradient there
+        torch.testing.assert_close(get_explainer(each, model)(images, 1).scores, scores)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("switch", ["use_checkpoint", "with_cp"])
+def test_checkpointing_by_a_switch_is_switched_off_meanwhile(switch: str) -> None:
+    model, images = make_model("cls"), make_images("cls")
+    expected = get_explainer("generic_attention", model)(images, 1).scores
+    blocks = FirstBlockApart(*model.blocks)  # type: ignore[arg-type]
+    setattr(blocks, switch, True)
+
+    def forward(tokens: Tensor) -> Tensor:
+        for each in blocks:
+            tokens = checkpoint(each, tokens, use_reentrant=False) if getattr(blocks, switch) else each(tokens)
+        return tokens
+
+    blocks.forward = forward  # type: ignore[method-assign]
+    model.blocks = blocks
+    torch.testing.assert_close(get_explainer("generic_attention", model)(images, 1).scores, expected)
+    assert getattr(blocks, switch) is True
+
+
+def test_hooks_that_a_library_leaves_on_a_model_are_taken_off() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=7
+    )
+    model, images = transformers.SwinForImageClassification(config).eval(), torch.randn(1, 3, 32, 32)
+
+    def marks() -> list[tuple[set[str], int]]:
+        return [(set(vars(each)), len(each._forward_hooks)) for each in model.modules()]
+
+    before = marks()
+    get_explainer("gradcam", model)(images, 1)
+    with pytest.raises(UnsupportedModelError):
+        get_explainer("rollout", model)(images)
+    assert marks() == before
+    model(images, output_hidden_states=True)  # these are the user's
+    before = marks()
+    get_explainer("gradcam", model)(images, 1)
+    assert marks() == before
 
 
 def made_in_inference_mode() -> nn.Module:

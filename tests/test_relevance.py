@@ -147,6 +147,16 @@ def test_attnlrp_conserves_the_logit_where_attention_is_constant(gamma: float) -
     assert (stabilised.scores != explanation.scores).any()
 
 
+def test_a_dead_unit_in_half_precision_is_no_division_by_zero() -> None:
+    model, images = make_model("cls"), make_images("cls")
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3], model.blocks[1].mlp.fc1.bias[3] = 0, 0
+    expected = get_explainer("attnlrp", model)(images, 1).scores
+    found = get_explainer("attnlrp", copy.deepcopy(model).half())(images.half(), 1).scores
+    assert found.isfinite().all()
+    assert_same_map(found, expected, 0.05)
+
+
 def test_half_of_what_attention_carries_goes_to_its_weights() -> None:
     """One block without queries, keys and feed-forward: a softmax of zeros takes what reaches the weights."""
     model, images = without_biases(depth=1), torch.randn(1, 3, 16, 24, dtype=torch.float64)

@@ -14,7 +14,8 @@ from torch import nn
 from .errors import UnsupportedModelError
 
 _COMPILED = "_compiled_call_impl"
-_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "use_checkpointing", "with_cp")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
 _PATCHED = ("forward", "forward_features", "forward_head", "pool")  # what somebody may have put on an instance
 
@@ -107,7 +108,7 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
         if kind not in named:  # by a value of the class, and not by a property
             named[kind] = any(isinstance(getattr(kind, name, None), bool) for name in _CHECKPOINTING)
         training.append(module.training)
-        if named[kind] or _CHECKPOINTING[0] in own or _CHECKPOINTING[1] in own:
+        if named[kind] or not own.keys().isdisjoint(_CHECKPOINTING):
             checkpointed += [(module, name) for name in _CHECKPOINTING if getattr(module, name, False) is True]
         if own.get(_COMPILED):
             compiled.append((module, own[_COMPILED]))
@@ -137,6 +138,20 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
             setattr(module, _COMPILED, call)
         for parameter in trainable:
             parameter.requires_grad = True
+
+
+@contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Hooks and attributes that a library leaves on a model's modules, inside, are taken off again."""
+    owned = [vars(module) for module in all_modules(model)]
+    hooks = [own[name] for own in owned for name in _HOOKS if name in own]
+    before: list[tuple[dict[Any, Any], set[Any]]] = [(held, set(held)) for held in (*hooks, *owned)]
+    try:
+        yield
+    finally:
+        for held, known in before:
+            for new in held.keys() - known:
+                del held[new]
 
 
 def autocast_is_on(device: str) -> bool:

@@ -14,9 +14,10 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from .borrowing import all_modules, borrowed, callers_autocast
-from .errors import CaptureError
+from .errors import CaptureError, UnsupportedModelError
 from .layout import TokenLayout
 from .linear_products import KnownProducts, LinearProducts
 from .models import adapt
@@ -208,6 +209,8 @@ class Capture:
 
         Raises:
             CaptureError: the score carries no gradient, or none was asked for in Needs.
+            UnsupportedModelError: the score does not depend on a part of the model that is to be explained, or that
+                part is checkpointed.
         """
         tracked = self._recording.tracked if self._recording is not None else []
         if not score.requires_grad or not tracked or self._output is None:
@@ -216,11 +219,18 @@ class Capture:
         for block in self.blocks:
             block.forget_gradient()
         with torch.autocast(self.images.device.type, enabled=False):  # a caller's is about the forward
-            if self.needs.apart:
-                found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))
-            else:
-                gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
-                found, self._score_gradient = gradients_of(score, self._output, tensors, retain_graph)
+            try:
+                if self.needs.apart:
+                    found = list(torch.autograd.grad(score, tensors, retain_graph=retain_graph, materialize_grads=True))
+                else:
+                    gradients_of = gradients if rules is None or rules.linear else gradients_by_sign
+                    found, self._score_gradient = gradients_of(score, self._output, tensors, retain_graph)
+            except CheckpointError as error:
+                raise UnsupportedModelError(
+                    f"this {type(self.adapter.model).__name__} computes a part of itself a second time in the backward "
+                    "pass (torch.utils.checkpoint), when nothing watches it; expected a forward that is computed once: "
+                    "switch checkpointing off, or choose a method without a gradient, such as rollout"
+                ) from error
         for (_, store), gradient in zip(tracked, found, strict=True):
             store(gradient)
         for other in self._others.values():

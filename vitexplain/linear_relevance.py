@@ -90,7 +90,9 @@ def epsilon_gradient(
     """
     if epsilon > 0:
         magnitude = apply(state, weight, bias).abs()
-        gradient = gradient * (magnitude / (magnitude + epsilon))
+        if magnitude.dtype in (torch.float16, torch.bfloat16):
+            magnitude = magnitude.float()  # in which ε is not zero
+        gradient = gradient * (magnitude / (magnitude + epsilon)).to(gradient.dtype)
     return _transposed(apply, state, weight, gradient)
 
 

@@ -136,9 +136,13 @@ def with_transpose(
 def gradients(
     score: Tensor, output: Tensor, tensors: Sequence[Tensor], retain_graph: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """What arrives at tensors from a score () of the model's output, zero where nothing does; and at the output."""
-    *found, arrived = torch.autograd.grad(score, [*tensors, output], retain_graph=retain_graph, materialize_grads=True)
-    return found, arrived
+    """What arrives at tensors from a score () of the model's output; and at the output.
+
+    Raises:
+        UnsupportedModelError: the output does not depend on some of the tensors.
+    """
+    *found, arrived = torch.autograd.grad(score, [*tensors, output], retain_graph=retain_graph, allow_unused=True)
+    return _all_arrived(found), torch.zeros_like(output) if arrived is None else arrived
 
 
 def gradients_by_sign(
@@ -151,12 +155,27 @@ def gradients_by_sign(
     (arrived,) = torch.autograd.grad(score, output, retain_graph=retain_graph, materialize_grads=True)
     parts = [part for part in (arrived.clamp(min=0), arrived.clamp(max=0)) if part.any()] or [arrived]
     found = [
-        torch.autograd.grad(
-            output, tensors, part, retain_graph=retain_graph or part is not parts[-1], materialize_grads=True
+        _all_arrived(
+            torch.autograd.grad(
+                output, tensors, part, retain_graph=retain_graph or part is not parts[-1], allow_unused=True
+            )
         )
         for part in parts
     ]
     return [sum(rest, first) for first, *rest in zip(*found, strict=True)], arrived
+
+
+def _all_arrived(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """A tensor to which nothing leads would count as one that makes no difference."""
+    found = [each for each in gradients if each is not None]
+    if len(found) < len(gradients):
+        raise UnsupportedModelError(
+            f"the model's output is not joined to {len(gradients) - len(found)} of {len(gradients)} tensors of its "
+            "blocks that gradients are asked for, so that nothing could be said of them; expected a forward with "
+            "gradients throughout. Does the model detach its tokens between blocks, or does its head not read the "
+            "last block? Choose a method without a gradient, such as rollout, or a layer that is read"
+        )
+    return found
 
 
 def scaled_gradient(tensor: Tensor, factor: float) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .attention import Attention, AttentionOperands
 from .borrowing import autocast_is_on, runs_library_code
 from .combination import Combination
-from .errors import CaptureError
+from .errors import CaptureError, UnsupportedModelError
 from .fused_gradient import FusedGradient, GradientFusion
 from .fusion import attend, fuses_well
 from .models.adapter import BlockModules, ModelAdapter
@@ -73,7 +74,18 @@ class Recording:
         self._check()
 
     def track(self, tensor: Tensor, store: Store) -> Tensor:
-        """The tensor on the graph, which starts here if it did not start below; `store` takes its gradient."""
+        """The tensor on the graph, which starts here if it did not start below; `store` takes its gradient.
+
+        Raises:
+            UnsupportedModelError: the model runs this where gradients are switched off.
+        """
+        if not torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"a part of this {type(self._adapter.model).__name__} runs where gradients are switched off "
+                "(torch.no_grad(), inference_mode, or checkpointing with use_reentrant=True), so that nothing could "
+                "be said of it; expected a forward with gradients throughout. Take that out of the model's forward "
+                "(weights are frozen here in any case), or choose a method without a gradient, such as rollout"
+            )
         if not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_(True)
         self.tracked.append((tensor, store))

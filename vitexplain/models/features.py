@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..borrowing import borrowed
+from ..borrowing import borrowed, unmarked
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, to_tokens
 from .adapter import BlockModules
@@ -128,7 +128,8 @@ class FeatureAdapter(LimitedAdapter):
 
     def _own_maps(self, images: Tensor) -> list[Tensor]:
         """Feature maps (1, D, h, w) that timm's and Hugging Face's models hand out themselves, where they do."""
-        with torch.no_grad(), borrowed(self.model), self.prepared():
+        # where Hugging Face's models collect hidden states by hooks, they leave those on
+        with torch.no_grad(), borrowed(self.model), self.prepared(), unmarked(self.model):
             try:
                 if hasattr(self.model, "forward_intermediates"):
                     maps = self.model.forward_intermediates(  # type: ignore[operator]
