@@ -122,6 +122,37 @@ def test_training_lowers_the_loss_it_reports(tmp_path: Path) -> None:
     assert "predictor_right" not in record["result"]
 
 
+@pytest.mark.parametrize(("steps", "share"), [(9, 0.1), (19, 0.05), (4, 0.2), (1, 0.5), (10, 0.1), (7, 0.1), (20, 0.9)])
+def test_the_rate_rises_and_falls_for_any_number_of_steps(steps: int, share: float) -> None:
+    from vitexplain.training.iavit_module import one_cycle
+
+    def rates(schedule: Any) -> list[float]:
+        found = []
+        for _ in range(steps):
+            found.append(schedule.get_last_lr()[0])
+            schedule.optimizer.step()
+            schedule.step()
+        return found
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+    found = rates(one_cycle(optimizer, replace(TINY, steps=steps, warmup_share=share)))
+    assert all(0 < rate <= 3.0 for rate in found)
+    if share * (steps + 1) == 1:  # no step is left to rise in
+        assert found[0] == pytest.approx(3.0)
+        assert found == sorted(found, reverse=True)
+    else:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+        plain = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 3.0, total_steps=steps + 1, pct_start=share, cycle_momentum=False
+        )
+        assert found == rates(plain)
+
+
+def test_as_many_steps_as_leave_none_to_rise_in_are_made(tmp_path: Path) -> None:
+    settings = replace(TINY, steps=9, warmup_share=0.1)
+    assert train_interpreter(vit(), batches(), tmp_path / "i.safetensors", settings)["history"][-1]["step"] == 9
+
+
 def test_labels_and_images_kept_are_not_trained_on(tmp_path: Path) -> None:
     seen = [torch.full((1, 3, SIZE, SIZE), float(index)) for index in range(20)]
     from vitexplain.training import iavit
