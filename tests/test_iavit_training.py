@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,20 +346,18 @@ def test_a_model_whose_attention_cannot_be_trained_with(tmp_path: Path) -> None:
 # -- going on ----------------------------------------------------------------------------------------------------
 
 
-class Breaking(Sequence[Example]):
-    """Examples of which none can be had any more after so many."""
+class Breaking(list[Example]):
+    """Examples of which none can be asked for by its place any more after so many."""
 
     def __init__(self, examples: list[Example], left: int, error: type[BaseException] = RuntimeError) -> None:
-        self.examples, self.left, self.error = examples, left, error
-
-    def __len__(self) -> int:
-        return len(self.examples)
+        super().__init__(examples)
+        self.left, self.error = left, error
 
     def __getitem__(self, index: Any) -> Any:
         self.left -= not isinstance(index, slice)
         if self.left < 0:
             raise self.error("the disk is gone")
-        return self.examples[index]
+        return super().__getitem__(index)
 
 
 def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, examples: list[Example]) -> None:
@@ -388,6 +386,9 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: lis
         )
     with pytest.raises(CheckpointError, match="data differ"):
         train_iavit(vit(), examples[:9], PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
+    relabelled = [*examples[:-1], replace(examples[-1], labels=())]
+    with pytest.raises(CheckpointError, match="data differ"):
+        train_iavit(vit(), relabelled, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
     with pytest.raises(CheckpointError, match="model differ"):
         train_iavit(vit(qkv_bias=False), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
     record = train_iavit(vit(), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
