@@ -29,9 +29,10 @@ class RandomScores(Method):
 
     .. math:: m_j \sim \mathcal U(0, 1), \qquad \text{independent over patches and images}
 
-    Drawn from `seed` and the image's own pixels, as a half-precision model sees them: the same input has the same map
-    alone, in any batch and under any model with as many patches, while two images have nothing in common, so that
-    means over a data set are what chance gives. Scores (B, h, w) in [0, 1).
+    Drawn from `seed` and the image's own pixels, as a bfloat16 model sees them: the same float32 input has the same map
+    alone, in any batch and under any model in float32, float64 or bfloat16 with as many patches, while two images have
+    nothing in common, so that means over a data set are what chance gives. A float16 model gives other draws, the same
+    under any other float16 model: its pixels are rounded twice. Scores (B, h, w) in [0, 1).
     """
 
     seed: int = option(0, "other draws for the same images", minimum=0, maximum=2**32 - 1)

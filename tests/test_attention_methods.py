@@ -165,7 +165,12 @@ class TestBaselines:
         explainer = get_explainer("random", model)
         together = explainer(images).scores
         torch.testing.assert_close(explainer(images.flip(0)).scores.flip(0), together, rtol=0, atol=0)
-        torch.testing.assert_close(get_explainer("random", model.bfloat16())(images).scores, together, rtol=0, atol=0)
+        for precision in (torch.float64, torch.bfloat16):
+            scores = get_explainer("random", model.to(precision))(images).scores
+            torch.testing.assert_close(scores.float(), together, rtol=0, atol=0)
+        half = get_explainer("random", model.half())
+        assert not torch.equal(half(images).scores, together)
+        torch.testing.assert_close(half(images.flip(0)).scores.flip(0), half(images).scores, rtol=0, atol=0)
         other = get_explainer("random", model, seed=1)(images).scores
         pairs = torch.corrcoef(torch.cat([together, other]).flatten(1))
         assert pairs.fill_diagonal_(0).abs().max() < 0.6  # 24 patches

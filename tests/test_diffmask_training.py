@@ -323,6 +323,37 @@ def test_an_interrupted_training_goes_on_where_it_was(
     assert not (tmp_path / "parts.safetensors.training").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the gates in .* do not meet the constraint")
+def test_a_multiplier_at_its_limit_is_given_up_as_soon_after_an_interruption(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitexplain.training.diffmask_learner._LONG_AT_LIMIT", 4)
+    limit = {"margin": 1e-9, "multiplier_start": 1.0, "multiplier_limits": (0.05, 1.0), "collapsed_below": 0.0}
+    settings = dataclasses.replace(TINY, steps=6, restarts=1, **limit)  # type: ignore[arg-type]
+    whole = train_diffmask(model, batches, tmp_path / "whole.safetensors", settings, validation=batches[:2])
+    assert [each["restarts"] for each in whole["history"]] == [0, 0, 1]  # before what the evaluation leads to
+    parts = tmp_path / "parts.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_diffmask(model, Interrupted(batches, 3), parts, settings, validation=batches[:2])
+    found = train_diffmask(model, batches, parts, settings, validation=batches[:2], resume=True)
+    for ours, theirs in zip(found["history"], whole["history"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_the_state_of_an_earlier_version_goes_on_without_the_steps_at_the_limit(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor]
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_diffmask(model, Interrupted(batches, 3), output, TINY, validation=batches[:2])
+    state = tmp_path / "gates.safetensors.training"
+    content = torch.load(state, weights_only=True)
+    del content["state"]["steps_at_limit"]
+    torch.save(content, state)
+    found = train_diffmask(model, batches, output, TINY, validation=batches[:2], resume=True)
+    assert found["history"][-1]["step"] == TINY.steps
+
+
 def test_interrupted_before_anything_was_saved_it_promises_nothing(
     tmp_path: Path, model: nn.Module, batches: list[Tensor]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,37 @@ def test_training_lowers_the_loss_it_reports(tmp_path: Path) -> None:
     assert record["result"]["regularisation"] == pytest.approx(kl.item(), rel=1e-4, abs=1e-7)
     assert record["result"]["agreement"] == (found.logits.argmax(1) == reading.logits.argmax(1)).float().mean()
     assert "predictor_right" not in record["result"]
+
+
+@pytest.mark.parametrize(("steps", "share"), [(9, 0.1), (19, 0.05), (4, 0.2), (1, 0.5), (10, 0.1), (7, 0.1), (20, 0.9)])
+def test_the_rate_rises_and_falls_for_any_number_of_steps(steps: int, share: float) -> None:
+    from vitexplain.training.iavit_module import one_cycle
+
+    def rates(schedule: Any) -> list[float]:
+        found = []
+        for _ in range(steps):
+            found.append(schedule.get_last_lr()[0])
+            schedule.optimizer.step()
+            schedule.step()
+        return found
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+    found = rates(one_cycle(optimizer, replace(TINY, steps=steps, warmup_share=share)))
+    assert all(0 < rate <= 3.0 for rate in found)
+    if share * (steps + 1) == 1:  # no step is left to rise in
+        assert found[0] == pytest.approx(3.0)
+        assert found == sorted(found, reverse=True)
+    else:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+        plain = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 3.0, total_steps=steps + 1, pct_start=share, cycle_momentum=False
+        )
+        assert found == rates(plain)
+
+
+def test_as_many_steps_as_leave_none_to_rise_in_are_made(tmp_path: Path) -> None:
+    settings = replace(TINY, steps=9, warmup_share=0.1)
+    assert train_interpreter(vit(), batches(), tmp_path / "i.safetensors", settings)["history"][-1]["step"] == 9
 
 
 def test_labels_and_images_kept_are_not_trained_on(tmp_path: Path) -> None:
@@ -315,20 +346,18 @@ def test_a_model_whose_attention_cannot_be_trained_with(tmp_path: Path) -> None:
 # -- going on ----------------------------------------------------------------------------------------------------
 
 
-class Breaking(Sequence[Example]):
-    """Examples of which none can be had any more after so many."""
+class Breaking(list[Example]):
+    """Examples of which none can be asked for by its place any more after so many."""
 
     def __init__(self, examples: list[Example], left: int, error: type[BaseException] = RuntimeError) -> None:
-        self.examples, self.left, self.error = examples, left, error
-
-    def __len__(self) -> int:
-        return len(self.examples)
+        super().__init__(examples)
+        self.left, self.error = left, error
 
     def __getitem__(self, index: Any) -> Any:
         self.left -= not isinstance(index, slice)
         if self.left < 0:
             raise self.error("the disk is gone")
-        return self.examples[index]
+        return super().__getitem__(index)
 
 
 def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, examples: list[Example]) -> None:
@@ -357,6 +386,9 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: lis
         )
     with pytest.raises(CheckpointError, match="data differ"):
         train_iavit(vit(), examples[:9], PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
+    relabelled = [*examples[:-1], replace(examples[-1], labels=())]
+    with pytest.raises(CheckpointError, match="data differ"):
+        train_iavit(vit(), relabelled, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
     with pytest.raises(CheckpointError, match="model differ"):
         train_iavit(vit(qkv_bias=False), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)
     record = train_iavit(vit(), examples, PREPROCESSING, output, TINY, validation=examples[:4], resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import signal
@@ -33,11 +34,13 @@ from vitexplain import (
     get_explainer,
     load_model,
 )
+from vitexplain.data import open_dataset
 from vitexplain.data.example import Example
 from vitexplain.data.stripes import CLASSES, PATCH, SIZE, stripes_examples
 from vitexplain.models.embedded import load_checkpoint
 from vitexplain.models.token_head import TokenHead, token_head
 from vitexplain.preprocessing import Preprocessing
+from vitexplain.training.data_digest import examples_digest
 from vitexplain.training.patch_mask_batches import PatchMaskBatches
 from vitexplain.training.patch_mask_evaluation import evaluate_patch_masks
 from vitexplain.training.patch_masks import PatchMaskSettings, train_patch_masks
@@ -105,20 +108,18 @@ def test_training_writes_an_ordinary_checkpoint_and_leaves_the_model_alone(
     assert evaluate_patch_masks(model, examples[:6], PREPROCESSING).__dict__ == pytest.approx(record["after"])
 
 
-class Breaking(Sequence[Example]):
-    """Examples of which none can be had any more after so many."""
+class Breaking(list[Example]):
+    """Examples of which none can be asked for by its place any more after so many."""
 
     def __init__(self, examples: list[Example], left: int) -> None:
-        self.examples, self.left = examples, left
-
-    def __len__(self) -> int:
-        return len(self.examples)
+        super().__init__(examples)
+        self.left = left
 
     def __getitem__(self, index: Any) -> Any:
         self.left -= not isinstance(index, slice)
         if self.left < 0:
             raise RuntimeError("the disk is gone")
-        return self.examples[index]
+        return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("loss", ["balanced", "joint"])
@@ -135,6 +136,24 @@ def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, exampl
     for name, tensor in load_file(output).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
     assert not list(tmp_path.glob("*.training"))
+
+
+def test_losses_between_two_entries_of_the_log_are_kept(tmp_path: Path, examples: list[Example]) -> None:
+    course = {"log_every": 3, "save_every": 2}
+    unbroken = train(vit(), examples, tmp_path / "unbroken.safetensors", **course)
+    output = tmp_path / "broken.safetensors"
+    with pytest.raises(RuntimeError, match="disk"):
+        train(vit(), Breaking(examples, 12), output, **course)  # 4 a step, so 3 steps; saved after 2
+    state = output.with_name("broken.safetensors.training")
+    before = state.read_bytes()
+    assert train(vit(), Breaking(examples, 16), output, **course, resume=True)["history"] == unbroken["history"]
+    state.write_bytes(before)
+    content = torch.load(state, weights_only=True)
+    del content["state"]["recent"]  # as an earlier version wrote it
+    torch.save(content, state)
+    resumed = train(vit(), Breaking(examples, 16), output, **course, resume=True)
+    assert [entry["step"] for entry in resumed["history"]] == [3, 6]
+    assert resumed["history"][1] == unbroken["history"][1]
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: list[Example]) -> None:
@@ -206,6 +225,43 @@ def test_another_training_is_not_resumed(tmp_path: Path, examples: list[Example]
         train(vit(), examples[:20], output, resume=True)
     with pytest.raises(CheckpointError, match="model"):
         train(vit(qkv_bias=False), examples, output, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "another"},
+        {"labels": (3, 1)},
+        {"mask": np.zeros((SIZE, SIZE), np.int8)},
+        {"boxes": np.array([[1.0, 2.0, 3.0, 4.0]])},
+    ],
+)
+def test_a_training_on_other_examples_as_many_is_not_resumed(
+    tmp_path: Path, examples: list[Example], change: dict[str, Any]
+) -> None:
+    output = tmp_path / "pm.safetensors"
+    with pytest.raises(RuntimeError):
+        train(vit(), Breaking(examples, 20), output)
+    for kind in (list, tuple):
+        other = kind([replace(examples[0], **change), *examples[1:]])
+        with pytest.raises(CheckpointError, match="data differ"):
+            train_patch_masks(vit(), other, other[:5], PREPROCESSING, output, TINY, resume=True)
+
+
+def test_the_digest_of_data_opens_no_file() -> None:
+    class Counted(Sequence[Example]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("opened")
+
+    scenes = open_dataset("scenes", count=3)
+    found = [examples_digest(each) for each in (Counted(), scenes, scenes.select([1, 0, 2]), list(scenes))]
+    assert len(set(found)) == 4
+    assert examples_digest(scenes) == hashlib.sha256("\n".join(("3", *scenes.names)).encode()).hexdigest()
+    assert examples_digest(list(scenes)) == examples_digest(tuple(scenes))
+    assert examples_digest(list(scenes), []) != examples_digest([], list(scenes))
 
 
 def test_what_lies_below_the_trained_blocks_stays_frozen(tmp_path: Path, examples: list[Example]) -> None:

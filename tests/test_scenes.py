@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import signal
 import warnings
 from pathlib import Path
 
+import lightning.pytorch
 import numpy as np
 import pytest
 import torch
@@ -22,10 +25,10 @@ from vitexplain.benchmarks.scenes_checks import (
     simple_classifier,
 )
 from vitexplain.data.scenes import CLASS_NAMES, SIZE, SPLITS, Scene, SceneDataset, make_scene, normalise
-from vitexplain.errors import CheckpointError, InputError
+from vitexplain.errors import CheckpointError, InputError, VitExplainError
 from vitexplain.models.embedded import load_checkpoint, load_scenes_model, scenes_card
 from vitexplain.training.classifier import ClassifierSettings, accuracy, train_classifier, window_tokens
-from vitexplain.training.scene_batches import NO_OBJECT, SceneBatches, ScenePool, faded
+from vitexplain.training.scene_batches import NO_OBJECT, Batch, SceneBatches, ScenePool, faded
 
 SEEDS = (0, 7, 10**9 + 3, 2 * 10**9 + 11)
 
@@ -291,12 +294,13 @@ def test_training_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    level = logging.getLogger("lightning.pytorch").level
+    log = logging.getLogger(lightning.pytorch.__name__)
+    level = log.level
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         record = train_classifier(path, TINY, progress=False)
     assert torch.equal(torch.rand(1), expected)
-    assert logging.getLogger("lightning.pytorch").level == level
+    assert log.level == level
     assert [entry["step"] for entry in record["history"]] == [48, 12]
     assert record["history"][-1]["loss"] < 2.3  # the logarithm of 12 classes is 2.48
     assert record == json.loads(path.with_suffix(".json").read_text())
@@ -311,6 +315,24 @@ def test_training_that_fails_writes_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ZeroDivisionError):
         train_classifier(tmp_path / "broken.safetensors", TINY, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_training_ends_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    handler, steps = signal.getsignal(signal.SIGINT), iter(range(3))
+
+    def interrupting(model: nn.Module, batch: Batch) -> torch.Tensor:
+        if next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return window_tokens(model, batch)
+
+    monkeypatch.setattr("vitexplain.training.classifier.window_tokens", interrupting)
+    with pytest.raises(VitExplainError, match=r"stopped after 3 steps of a round; nothing was written: start anew"):
+        train_classifier(tmp_path / "broken.safetensors", TINY, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_whole_scenes_train_the_model_as_it_is_used(model: nn.Module) -> None:

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from .training.command_options import read_values
 from .training.iavit_command import EXAMPLES as IAVIT_EXAMPLES
 from .training.iavit_command import train_iavit_command
-from .training.patch_masks_command import EXAMPLES, read_values, train_pm_command
+from .training.patch_masks_command import EXAMPLES, train_pm_command
 
 train_app = typer.Typer(no_args_is_help=True, help="Trains models and methods that learn.")
 

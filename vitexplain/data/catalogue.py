@@ -38,6 +38,7 @@ class DatasetInfo:
         gives: what the examples may have besides the picture.
         root: what it is read from.
         reader: the class.
+        training_split: what the option ``split``, where the reader has one, is to be for training.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DatasetInfo:
     gives: tuple[Part, ...]
     root: Root
     reader: type[Reader]
+    training_split: str = "train"
 
     @property
     def layout(self) -> str:
@@ -62,7 +64,13 @@ _datasets: dict[str, DatasetInfo] = {}
 
 
 def register_dataset(
-    name: str, *, title: str, source: str, gives: Sequence[Part], root: Root = "folder"
+    name: str,
+    *,
+    title: str,
+    source: str,
+    gives: Sequence[Part],
+    root: Root = "folder",
+    training_split: str = "train",
 ) -> Callable[[_Class], _Class]:
     """Class decorator that adds a reader to the catalogue; see `DatasetInfo` for the arguments.
 
@@ -74,7 +82,7 @@ def register_dataset(
         other = _datasets.get(name)
         if other is not None and other.reader.__qualname__ != cls.__qualname__:
             raise ValueError(f"data set name {name!r} is already taken by {other.reader.__qualname__}; choose another")
-        _datasets[name] = cls.info = DatasetInfo(name, title, source, tuple(gives), root, cls)
+        _datasets[name] = cls.info = DatasetInfo(name, title, source, tuple(gives), root, cls, training_split)
         return cls
 
     return register

@@ -51,6 +51,7 @@ class Instances(MaskSource):
     title="COCO instances",
     source="Lin et al., Microsoft COCO: Common Objects in Context, ECCV 2014",
     gives=("labels", "masks", "boxes"),
+    training_split="train2017",
 )
 @dataclass(frozen=True)
 class Coco(CategoryReader):

@@ -62,6 +62,7 @@ class ClassIdMask(MaskSource):
     title="ImageNet-S",
     source="Gao et al., Large-scale Unsupervised Semantic Segmentation, TPAMI 2023",
     gives=("labels", "masks"),
+    training_split="train-semi",
 )
 @dataclass(frozen=True)
 class ImageNetS(FileReader):

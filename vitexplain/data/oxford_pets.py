@@ -22,6 +22,7 @@ _PET, _BACKGROUND, _BORDER = (frozenset({value}) for value in (1, 2, 3))
     title="Oxford-IIIT Pet",
     source="Parkhi et al., Cats and Dogs, CVPR 2012",
     gives=("labels", "masks", "boxes"),
+    training_split="trainval",
 )
 @dataclass(frozen=True)
 class OxfordPets(CategoryReader):

@@ -59,11 +59,17 @@ def held_out(
         order: of all their places.
         count: how many are kept; with them go the other examples of their pictures.
     """
-    pictures = [name.rpartition("#")[0] or name for name in _names(examples)]
+    pictures = _pictures(examples)
     kept = {pictures[place] for place in order[:count]}
     measured = [place for place in order if pictures[place] in kept]
     trained = [place for place in order if pictures[place] not in kept]
     return chosen(examples, measured), chosen(examples, trained)
+
+
+def apart_from(examples: Sequence[Example], others: Sequence[Example]) -> Sequence[Example]:
+    """The examples that show no picture of `others`, which come from the same data set; see `held_out`."""
+    left_out = set(_pictures(others))
+    return chosen(examples, [place for place, picture in enumerate(_pictures(examples)) if picture not in left_out])
 
 
 def covering_less_than(examples: ExampleSequence, share: float) -> ExampleSequence:
@@ -105,6 +111,11 @@ def united_area(boxes: npt.NDArray[np.float64]) -> float:
         rows, columns = np.searchsorted(down, [y0, y1]), np.searchsorted(across, [x0, x1])
         covered[slice(*rows), slice(*columns)] = True
     return float(np.diff(down) @ covered @ np.diff(across)) if covered.size else 0.0
+
+
+def _pictures(examples: Sequence[Example]) -> list[str]:
+    """The picture that each shows, by what stands before ``#`` in its name."""
+    return [name.rpartition("#")[0] or name for name in _names(examples)]
 
 
 def _names(examples: Sequence[Example]) -> Sequence[str]:

@@ -8,12 +8,9 @@ object it shows and where (token labelling); this is meant to shorten training, 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import platform
-import tempfile
 import time
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from ..data.scenes import CLASS_NAMES, MEAN, SIZE, SPLITS, STD, make_scene, norm
 from ..errors import InputError, VitExplainError
 from ..files import save_json, write_whole
 from ..models.embedded import build_model
-from .lightning_run import check_output
+from .lightning_run import check_output, trainer, undisturbed
 from .recipe import PATCH, ClassifierSettings
 from .scene_batches import NO_OBJECT, Batch, SceneBatches, ScenePool
 
@@ -180,7 +177,7 @@ def train_classifier(
     Raises:
         InputError: `output` is no place for a checkpoint.
         ExportError: its folder is read-only.
-        VitExplainError: Lightning is not installed, or torch is older than 2.9.
+        VitExplainError: Lightning is not installed, torch is older than 2.9, or training was interrupted.
     """
     settings = settings if settings is not None else ClassifierSettings()
     output = check_output(output)
@@ -219,23 +216,15 @@ def train_classifier(
 
 
 def _fit(settings: ClassifierSettings, progress: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Runs both rounds of the recipe; the caller's random state, warnings and logging stay as they are."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # Lightning's own advice about workers and its use of deprecated parts of torch say nothing to our user.
-        warnings.simplefilter("ignore")
-        log.setLevel(logging.ERROR)
-        try:
-            torch.manual_seed(settings.seed)
-            model = build_model(settings.architecture)
-            pool = ScenePool.paint(settings.one_object_scenes, settings.two_object_scenes, settings.occlusion)
-            history = _fit_round(model, pool, settings, refining=False, progress=progress)
-            if settings.refining_steps:
-                torch.manual_seed(settings.seed + 1)
-                history += _fit_round(model, pool, settings, refining=True, progress=progress)
-        finally:
-            log.setLevel(level)
+    """Runs both rounds of the recipe; the caller's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = build_model(settings.architecture)
+        pool = ScenePool.paint(settings.one_object_scenes, settings.two_object_scenes, settings.occlusion)
+        history = _fit_round(model, pool, settings, refining=False, progress=progress)
+        if settings.refining_steps:
+            torch.manual_seed(settings.seed + 1)
+            history += _fit_round(model, pool, settings, refining=True, progress=progress)
     return model.eval(), history
 
 
@@ -243,22 +232,14 @@ def _fit_round(
     model: nn.Module, pool: ScenePool, settings: ClassifierSettings, *, refining: bool, progress: bool
 ) -> list[dict[str, Any]]:
     """Trains the model for one round, with fresh optimizers and patch heads; returns the history."""
-    import lightning
-
     module = _learning_module(model.train(), settings, refining=refining, progress=progress)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            default_root_dir=scratch,
+    place = torch.device("cpu")
+    with undisturbed(place):
+        fitting = trainer(place, None, progress=progress)
+        fitting.fit(module, SceneBatches(pool, settings, refining=refining))
+    if fitting.interrupted:
+        raise VitExplainError(
+            f"training stopped after {len(module.losses)} steps of a round; nothing was written: start anew"
         )
-        trainer.fit(module, SceneBatches(pool, settings, refining=refining))
-    if trainer.interrupted:
-        raise VitExplainError(f"training stopped after {len(module.losses)} steps of a round; nothing was written")
     history: list[dict[str, Any]] = module.history
     return history

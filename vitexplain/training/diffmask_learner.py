@@ -61,6 +61,8 @@ class DiffMaskLearner(nn.Module):
             constraint; None before the first evaluation.
         restarts: how often gates were replaced by fresh ones.
         masked_at_start: share that the first gates were asked to mask, after halving.
+        steps_at_limit: how many steps in a row, the last ones, left a multiplier at its upper limit and the constraint
+            violated.
     """
 
     def __init__(self, masked: MaskedModel, images: Tensor, settings: DiffMaskSettings) -> None:
@@ -91,7 +93,7 @@ class DiffMaskLearner(nn.Module):
         self.multipliers = nn.ParameterList(nn.Parameter(start.clone(), requires_grad=False) for _ in range(count))
         self.best: dict[str, Any] | None = None
         self.restarts = 0
-        self._at_limit = 0
+        self.steps_at_limit = 0
 
     def draw_depth(self, step: int, draw: int = 0) -> int:
         """k of a step, uniform over the depths that take part; the same on every device."""
@@ -139,7 +141,7 @@ class DiffMaskLearner(nn.Module):
         multiplier.grad = violation.to(multiplier)
         optimizer.step()
         multiplier.clamp_(low, high)
-        self._at_limit = self._at_limit + 1 if multiplier.item() >= high and violation > 0 else 0
+        self.steps_at_limit = self.steps_at_limit + 1 if multiplier.item() >= high and violation > 0 else 0
 
     def stepped(self) -> None:
         """Takes the gates, as a step of theirs left them, into their average."""
@@ -179,7 +181,7 @@ class DiffMaskLearner(nn.Module):
         multiplier that does not leave its upper limit can do no more.
         """
         masks_all = not self.meets(evaluation) and evaluation.kept < self.settings.collapsed_below
-        return masks_all or self._at_limit >= _LONG_AT_LIMIT
+        return masks_all or self.steps_at_limit >= _LONG_AT_LIMIT
 
     def restart(self) -> None:
         """Fresh gates from another seed, masking half as much; multipliers at their start."""
@@ -191,7 +193,7 @@ class DiffMaskLearner(nn.Module):
         with torch.no_grad():
             for multiplier in self.multipliers.parameters():
                 multiplier.fill_(self.settings.multiplier_start)
-        self._at_limit = 0
+        self.steps_at_limit = 0
 
     def best_gates(self) -> Any:
         """The best gates, on the CPU."""

@@ -174,6 +174,7 @@ class DiffMaskModule(lightning.LightningModule):
             "best": self.learner.best,
             "restarts": self.learner.restarts,
             "masked_at_start": self.learner.masked_at_start,
+            "steps_at_limit": self.learner.steps_at_limit,
             "step": self.step,
             "started_at": self.started_at,
             "without_progress": self.without_progress,
@@ -190,6 +191,7 @@ class DiffMaskModule(lightning.LightningModule):
             lookahead.load_state_dict(state)
         self.learner.best, self.learner.restarts = kept["best"], kept["restarts"]
         self.learner.masked_at_start = kept["masked_at_start"]
+        self.learner.steps_at_limit = kept.get("steps_at_limit", 0)  # older files do not have it
         self.step, self.started_at = kept["step"], kept["started_at"]
         self.without_progress, self.history = kept["without_progress"], kept["history"]
         self.finished = kept["finished"] or self.step >= self.learner.settings.steps

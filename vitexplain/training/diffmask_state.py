@@ -44,7 +44,7 @@ def read_training_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     changed = [name for name in identity if found.get(name) != identity[name]]
     if changed:
         raise CheckpointError(
-            f"{str(path)!r} is of another training: {', '.join(changed)} differ. Go on with the same model and "
+            f"{str(path)!r} is of another training: {', '.join(changed)} differ. Go on with the same model, data and "
             "settings, or delete it and start anew"
         )
     kept: dict[str, Any] = state

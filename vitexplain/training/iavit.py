@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..data.entries import ExampleSequence
 from ..data.example import Example
 from ..data.selection import held_out
 from ..errors import InputError, VitExplainError
@@ -28,6 +27,7 @@ from ..models import adapt, unwrap
 from ..models.adapter import ModelAdapter
 from ..models.fingerprint import weights_digest
 from ..preprocessing import Preprocessing
+from .data_digest import examples_digest
 from .iavit_batches import (
     PictureBatches,
     ReadingBatches,
@@ -176,7 +176,7 @@ def train_iavit(
         learner,
         kept,
         _state_file(path),
-        {"model": initial, "data": _names_digest(examples, held), **settings.must_match()},
+        {"model": initial, "data": examples_digest(examples, held), **settings.must_match()},
     )
     place = next(adapter.model.parameters()).device
     batches = PictureBatches(examples, preprocessing, settings, num_classes)
@@ -285,15 +285,6 @@ def _split(count: int, settings: IAViTSettings) -> tuple[list[int], list[int]]:
 def _digest_of(readings: TrunkReading) -> str:
     """SHA-256 of what was read, by which a training knows its data again."""
     return hashlib.sha256(readings.logits.double().numpy().tobytes()).hexdigest()
-
-
-def _names_digest(*parts: Sequence[Example]) -> str:
-    """SHA-256 of the names of all examples, or of their number where names would take opening every file."""
-    digest = hashlib.sha256()
-    for examples in parts:
-        names = examples.names if isinstance(examples, ExampleSequence) else (str(len(examples)),)
-        digest.update("\n".join((str(len(names)), *names)).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
 
 
 def _state_file(output: Path) -> Path:

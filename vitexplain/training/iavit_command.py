@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .patch_masks_command import read_values
+from .command_options import open_training_data, read_values, training_options
 
 if TYPE_CHECKING:
-    from ..data.entries import ExampleSequence
-    from ..data.example import Example
     from ..models.loading import LoadedModel
+    from .iavit_settings import IAViTSettings
 
 EXAMPLES = (
     "[b]Examples[/b]\n\n"
@@ -58,7 +57,8 @@ def train_iavit_command(
         typer.Option(metavar="PATH", help="FORMAT:ROOT, or scenes; without --joint also a folder or 'pattern*'."),
     ] = "scenes",
     data_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the reader of --data; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="For the reader of --data; repeated.  \\[default: its training split]"),
     ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train the model, too, on the labels of --data, as the paper does.")
@@ -88,15 +88,13 @@ def train_iavit_command(
     loaded, described = _model(model, checkpoint, architecture, device)
     more: dict[str, Any] = {"resume": resume, "logs": logs, "progress": True}
     if joint:
-        examples: Sequence[Example] = _open(data, data_option or (), loaded, settings.images)
-        if data == "scenes":
-            examples = list(examples)  # painted once, since painting costs more than a training step
+        examples = open_training_data(data, data_option or (), loaded, count=settings.images)
         described["classes"] = loaded.labels and list(loaded.labels)
         record = train_iavit(
             loaded.subject.adapter, examples, loaded.preprocessing, output, settings, card=described, **more
         )
     else:
-        images = _images(data, data_option or (), loaded, settings.seed, settings.batch_size)
+        images = _images(data, data_option or (), loaded, settings)
         record = train_interpreter(loaded.subject.adapter, images, output, settings, **more)
     result = record["result"]
     names = {"accuracy": "predictor_right", "interpreter's accuracy": "interpreter_right", "agreement": "agreement"}
@@ -141,23 +139,29 @@ def _new_model(arguments: dict[str, Any], device: str) -> tuple[LoadedModel, dic
     return LoadedModel("new", model, subject, "random", arguments["num_classes"]), {"architecture": arguments}
 
 
-def _open(data: str, options: Sequence[str], loaded: LoadedModel, scenes: int) -> ExampleSequence:
-    """The training examples of a data set; of scenes, so many."""
-    from ..data import dataset_info, open_dataset
-
-    known = {each.name: each.default for each in dataset_info(data.partition(":")[0]).options}
-    chosen: dict[str, Any] = {"split": "train", "count": scenes}
-    given = {name: value for name, value in chosen.items() if name in known}
-    return open_dataset(data, labels=loaded.labels, **{**given, **read_values("--data-option", options, known)})
-
-
-def _images(data: str, options: Sequence[str], loaded: LoadedModel, seed: int, batch_size: int) -> Any:
+def _images(data: str, options: Sequence[str], loaded: LoadedModel, settings: IAViTSettings) -> Any:
     """Batches of images without labels, in a random order."""
+    from ..data import dataset_info, open_dataset
     from ..data.batches import load_examples
+    from ..data.scenes import SPLITS
     from ..data.selection import shuffled
-    from .picture_batches import PictureBatches
+    from ..options import configure
+    from .picture_batches import SCENES, SCENES_AT_MOST, PictureBatches
 
+    reading = {"batch_size": settings.batch_size, "seed": settings.seed}
+    if data == SCENES:  # pictures, of which each would be an example for every object in it
+        told = training_options(data, options, count=SCENES_AT_MOST)
+        chosen = configure(dataset_info(data).reader, told).options
+        seeds = SPLITS[chosen["split"]][: chosen["count"]]
+        return PictureBatches(seeds, loaded.preprocessing, objects=chosen["objects"], **reading)
     if ":" in data:
-        examples = shuffled(_open(data, options, loaded, 0), seed)
-        return (batch.inputs for batch in load_examples(examples, loaded.preprocessing, batch_size=batch_size))
-    return PictureBatches.of(data, loaded.preprocessing, batch_size=batch_size, seed=seed)
+        told = training_options(data, options, count=settings.images)
+        examples = shuffled(open_dataset(data, labels=loaded.labels, **told), settings.seed)
+        batches = load_examples(examples, loaded.preprocessing, batch_size=settings.batch_size)
+        return (batch.inputs for batch in batches)
+    if options:
+        raise OptionError(
+            f"found --data-option {options[0]} together with the pictures {data!r}, which have no reader: write --data "
+            "FORMAT:ROOT, or leave it out"
+        )
+    return PictureBatches.of(data, loaded.preprocessing, **reading)

@@ -69,11 +69,7 @@ class IAViTModule(lightning.LightningModule):
         optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(groups) if settings.optimiser == "adamw" else torch.optim.SGD(groups, momentum=_MOMENTUM)
         )
-        rates = [group["lr"] for group in groups]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps=settings.steps + 1, pct_start=settings.warmup_share, cycle_momentum=False
-        )
-        return [optimizer], [schedule]
+        return [optimizer], [one_cycle(optimizer, settings)]
 
     def on_fit_start(self) -> None:
         if self._resumed is not None:
@@ -139,6 +135,17 @@ class IAViTModule(lightning.LightningModule):
     @property
     def _schedule(self) -> Any:
         return self.lr_schedulers()
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, settings: IAViTSettings) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The rate of each group rises to its own over the first `warmup_share` of the steps, and falls to nearly none."""
+    share, total = settings.warmup_share, settings.steps + 1
+    if share * total == 1:  # the rise would end at the first step: OneCycleLR divides by its length, which is then 0
+        share *= 1 - 1e-9
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=total, pct_start=share, cycle_momentum=False
+    )
 
 
 def mean_figures(learner: InterpreterLearner, batches: Iterable[Any], device: torch.device) -> dict[str, float]:

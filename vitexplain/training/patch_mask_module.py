@@ -77,6 +77,7 @@ class PatchMaskModule(lightning.LightningModule):
             self.model.load_state_dict(self._resumed["model"])
             optimizer.optimizer.load_state_dict(self._resumed["optimizer"])
             self.history = self._resumed["history"]
+            self._recent = self._resumed.get("recent", [])  # older files do not have it
             self._resumed = None
         self.model.train()
         for module in self.model.modules():
@@ -143,6 +144,7 @@ class PatchMaskModule(lightning.LightningModule):
             "model": self.model.state_dict(),
             "optimizer": optimizer.optimizer.state_dict(),
             "history": self.history,
+            "recent": self._recent,
             "step": self.step,
         }
         write_training_state(self.state, self.identity, kept)

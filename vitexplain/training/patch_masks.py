@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import os
 import platform
 import time
@@ -22,7 +21,6 @@ from safetensors.torch import save
 from torch import nn
 
 from ..capture import Capture
-from ..data.entries import ExampleSequence
 from ..data.example import Example
 from ..errors import VitExplainError
 from ..files import save_json, write_whole
@@ -32,6 +30,7 @@ from ..models.fingerprint import weights_digest
 from ..models.token_head import TokenHead, token_head
 from ..needs import Needs
 from ..preprocessing import Preprocessing
+from .data_digest import examples_digest
 from .lightning_run import check_output, interruption, trainer, undisturbed
 from .patch_mask_batches import PatchMaskBatches
 from .patch_mask_evaluation import evaluate_patch_masks
@@ -97,7 +96,7 @@ def train_patch_masks(
     head, num_classes = _examined(learner, preprocessing.size)
     batches = PatchMaskBatches(labelled, annotated, preprocessing, settings, num_classes)
     initial = weights_digest(learner.model)
-    identity = {"model": initial, "data": _data_digest(labelled, annotated), **settings.must_match()}
+    identity = {"model": initial, "data": examples_digest(labelled, annotated), **settings.must_match()}
     before = _measured(learner, validation, preprocessing, settings)
     state = path.with_name(f"{path.name}.training")
     distilled = _copied(model) if settings.distillation else None
@@ -166,15 +165,6 @@ def _loader(batches: PatchMaskBatches, first: int) -> Any:
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
     )
-
-
-def _data_digest(labelled: Sequence[Example], annotated: Sequence[Example]) -> str:
-    """SHA-256 of the names of all examples, or of their number where names would take opening every file."""
-    digest = hashlib.sha256()
-    for examples in (labelled, annotated):
-        names = examples.names if isinstance(examples, ExampleSequence) else (str(len(examples)),)
-        digest.update("\n".join((str(len(names)), *names)).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
 
 
 def _write(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError, OptionError, UnknownNameError
+from ..errors import InputError, OptionError
+from .command_options import open_training_data, read_values
 
 if TYPE_CHECKING:
     from ..data.example import Example
-    from ..models.loading import LoadedModel
 
 EXAMPLES = (
     "[b]Examples[/b]\n\n"
@@ -23,7 +23,8 @@ EXAMPLES = (
     "vitexplain train pm --share 0.2 --pseudo-masks spectral_cut --set steps=500 --output pm.safetensors"
 )
 _EMBEDDED = ("scenes", "scenes-pm")
-_SCENES = {"split": "train", "count": 10_000}
+_TRAINING_SCENES = 10_000
+_SHARE = 0.01
 
 SCENES_SETTINGS: Mapping[str, Any] = {
     "distillation": True,
@@ -46,21 +47,22 @@ def train_pm_command(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights to begin with.  \\[default: the model's own]")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT:ROOT", help="Images with labels.  \\[default: 10000 training scenes]"),
-    ] = None,
+    data: Annotated[str, typer.Option(metavar="FORMAT:ROOT", help="Images with labels; of scenes, 10000.")] = "scenes",
     data_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the reader of --data; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="For the reader of --data; repeated.  \\[default: its training split]"),
     ] = None,
     annotated: Annotated[
         str | None,
         typer.Option(metavar="FORMAT:ROOT", help="Images with masks or boxes.  \\[default: a --share of --data]"),
     ] = None,
     annotated_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the reader of --annotated; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="The same for --annotated.")
     ] = None,
-    share: Annotated[float, typer.Option(metavar="SHARE", help="Of --data, how much is used with its masks.")] = 0.01,
+    share: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of --data, how much is used with its masks.  \\[default: 0.01]"),
+    ] = None,
     pseudo_masks: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Guess the masks: spectral_cut, or a method's map of the label."),
@@ -77,24 +79,27 @@ def train_pm_command(
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
 ) -> None:
     """Trains a model's classifier to name the object of each patch, from labels and a few masks, for the method pm."""
-    from ..data.selection import held_out
+    from ..data.selection import apart_from, held_out
     from ..models.loading import load_model
     from .patch_mask_settings import PatchMaskSettings
     from .patch_masks import train_patch_masks
     from .pseudo_masks import with_pseudo_masks
 
+    _check_annotated(annotated, annotated_option or (), share)
     defaults = {each.name: each.default for each in dataclasses.fields(PatchMaskSettings)}
     started = {**(SCENES_SETTINGS if model in _EMBEDDED else {}), **read_values("--set", setting or (), defaults)}
     settings = PatchMaskSettings(**started)
     loaded = load_model(model, checkpoint=checkpoint, device=device)
-    labelled = _open(data or "scenes", data_option or (), loaded, {} if data else _SCENES)
+    labelled = open_training_data(data, data_option or (), loaded, count=_TRAINING_SCENES)
     if annotated is None:
-        masked, labelled = _split(labelled, share, settings.seed)
+        masked, labelled = _split(labelled, _SHARE if share is None else share, settings.seed)
     else:
-        masked = _open(annotated, annotated_option or (), loaded, {})
+        masked = open_training_data(annotated, annotated_option or (), loaded, count=None, name="--annotated-option")
     kept: Sequence[Example] = []
     if validation:
         kept, masked = held_out(masked, _random_order(masked, settings.seed), validation)
+        if annotated == data:  # the same pictures, which are not to be trained on by their labels either
+            labelled = apart_from(labelled, kept)
     if not len(masked):
         raise InputError(f"found {len(kept)} images with masks, all kept by --validation; expected some to train on")
     if pseudo_masks is not None:
@@ -124,37 +129,22 @@ def train_pm_command(
     typer.echo(f"Weights: {output.resolve()}. Explain with --method pm --option score={record['score']}")
 
 
-def read_values(option: str, texts: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as a mapping, each value of the type of its default.
+def _check_annotated(annotated: str | None, options: Sequence[str], share: float | None) -> None:
+    """Refuses options that would not count.
 
     Raises:
-        UnknownNameError: a name that has no default.
-        OptionError: a text without ``=``, or a value of another type.
+        OptionError: options of a reader that there is not, or a share of what is not shared.
     """
-    values: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise OptionError(f"{option}: found {text!r}, expected NAME=VALUE")
-        if name not in defaults:
-            raise UnknownNameError.listing(f"name for {option}", name, defaults)
-        kind = type(defaults[name])
-        known = {"true": True, "false": False}
-        try:
-            values[name] = known[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise OptionError(f"{option}: found {text!r}, expected a value like {defaults[name]!r}") from None
-    return values
-
-
-def _open(spec: str, options: Sequence[str], loaded: LoadedModel, more: Mapping[str, Any]) -> Sequence[Example]:
-    """The examples of a data set; procedural ones are painted once, since painting costs more than a training step."""
-    from ..data import dataset_info, open_dataset
-
-    info = dataset_info(spec.partition(":")[0])
-    given = read_values("--data-option", options, {each.name: each.default for each in info.options})
-    examples = open_dataset(spec, labels=loaded.labels, **{**more, **given})
-    return list(examples) if info.root == "nothing" else examples
+    if annotated is None and options:
+        raise OptionError(
+            f"found --annotated-option {options[0]} without --annotated, whose reader it is for: add --annotated "
+            "FORMAT:ROOT, or write --data-option"
+        )
+    if annotated is not None and share is not None:
+        raise OptionError(
+            f"found --share {share} together with --annotated {annotated}: images with masks are a share of --data, "
+            "or those of --annotated; leave one of the two out"
+        )
 
 
 def _split(examples: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -18,7 +18,8 @@ from ..preprocessing import Preprocessing
 SCENES = "scenes"
 """Instead of a folder: procedural scenes, painted when they are needed."""
 
-_SCENES_AT_MOST = 20_000
+SCENES_AT_MOST = 20_000
+"""How many of them there are, where nothing else is said."""
 
 
 class PictureBatches:
@@ -61,7 +62,7 @@ class PictureBatches:
         Raises:
             InputError: there are no pictures of this name.
         """
-        pictures = SPLITS["train"][:_SCENES_AT_MOST] if data == SCENES else find_images([data])
+        pictures = SPLITS["train"][:SCENES_AT_MOST] if data == SCENES else find_images([data])
         return cls(pictures, preprocessing, **settings)
 
     def __len__(self) -> int:
