@@ -20,13 +20,18 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitexplain import InputError, Subject, adapt, compare, get_explainer
+from vitexplain import InputError, Subject, adapt, compare, create_method, get_explainer
+from vitexplain.bench import chunk_run, run_bench
+from vitexplain.bench.configuration import BenchConfiguration
 from vitexplain.comparison.layers import layer
 from vitexplain.comparison.views import draw_view, highest_patches
+from vitexplain.explain_files import explain_to_folder
 from vitexplain.metrics import create_metric
+from vitexplain.metrics.batches import metric_batches
 from vitexplain.metrics.metric import MetricBatch
 from vitexplain.metrics.ordering import rank_pixels
 from vitexplain.metrics.predictor import Predictor
+from vitexplain.models.adapter import ModelAdapter
 from vitexplain.models.black_box import BlackBoxAdapter
 from vitexplain.models.discovery import DiscoveredAdapter
 from vitexplain.models.loading import LoadedModel
@@ -402,9 +407,6 @@ class TestMetrics:
             assert create_metric(name, upsampling="nearest").measure(batch)[statistic].tolist() == [1]
 
     def test_evaluations_know_the_extent(self) -> None:
-        from vitexplain.metrics.batches import metric_batches
-        from vitexplain.registry import create_method
-
         subject = Subject(adapt(model_of("pads")))
         ((_, batch),) = metric_batches([create_method("saliency")], subject, image_of("pads"), 2)
         assert batch.extent == (40, 48)
@@ -446,6 +448,36 @@ def test_exports_draw_what_explanations_do(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(result.heatmap(0, "rollout"), expected, atol=1e-6)
     whole = exported.export([str(file)], tmp_path / "whole", methods=("rollout",))
     assert "extent" not in whole.manifest["methods"]["rollout"]
+
+
+@pytest.mark.parametrize("case", ["leaves out, fixed size", "pads"])
+def test_records_of_files_say_what_patches_take_up(case: str, tmp_path: Path) -> None:
+    subject, (_, (height, width), grid, patch) = subject_of(case), CASES[case]
+    model = LoadedModel("cut", subject.adapter.model, subject, "made up", 5)
+    Image.new("RGB", (width, height), (200, 20, 90)).save(tmp_path / "one.png")
+    explain_to_folder([tmp_path / "one.png"], model, [create_method("rollout")], [1], tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "one.json").read_text())
+    assert (record["patch_grid"], record["patch_extent"]) == (list(grid), list(extent_of(grid, patch)))
+
+
+def test_benchmarks_measure_stored_maps_where_patches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, seen = [], []
+
+    def extent(_: Any, size: tuple[int, int], grid: tuple[int, int] | None = None) -> tuple[int, int]:
+        asked.append((size, grid))
+        return size[0] - 5, size[1] - 3
+
+    def spy(metric: Any, batch: MetricBatch) -> Any:
+        seen.append(batch.extent)
+        return measure(metric, batch)
+
+    measure = chunk_run.measure
+    monkeypatch.setattr(ModelAdapter, "extent", extent)
+    monkeypatch.setattr(chunk_run, "measure", spy)
+    settings = {"methods": ["rollout"], "metrics": ["energy_in_mask"], "data": {"format": "scenes", "limit": 1}}
+    run_bench(BenchConfiguration.from_mapping(settings), tmp_path)
+    assert seen == [(91, 93)]
+    assert ((96, 96), (12, 12)) in asked
 
 
 class Resizing(nn.Module):
