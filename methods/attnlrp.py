@@ -61,4 +61,4 @@ class AttnLRP(Method):
         """Relevance of the pixels of each patch (B, h, w)."""
         gradient = capture.meeting(self.needs).image_gradient
         relevance = (widen(capture.images) * widen(gradient)).sum(1)
-        return gather_by_patch(relevance, capture.grid, mean=False)
+        return gather_by_patch(relevance, capture.grid, capture.extent, mean=False)

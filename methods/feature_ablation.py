@@ -31,7 +31,7 @@ class FeatureAblation(AblationAttribution):
     capture's and one of the unchanged image. Scores (B, h, w).
     """
 
-    def image_scores(self, one: ImageResponse, grid: tuple[int, int]) -> Tensor:
+    def image_scores(self, one: ImageResponse, grid: tuple[int, int], extent: tuple[int, int] | None) -> Tensor:
         """Scores (1, h, w)."""
         from captum.attr import FeatureAblation as CaptumFeatureAblation
 
@@ -39,7 +39,7 @@ class FeatureAblation(AblationAttribution):
         pixels = CaptumFeatureAblation(one).attribute(
             image,
             baselines=one.baseline(self.baseline),
-            feature_mask=patch_of_pixel(image.shape[-2:], grid)[None, None].to(image.device),
+            feature_mask=patch_of_pixel(image.shape[-2:], grid, extent)[None, None].to(image.device),
             perturbations_per_eval=one.batch.forward_size,
         )
-        return gather_by_patch(pixels[:, 0], grid, mean=True)
+        return gather_by_patch(pixels[:, 0], grid, extent, mean=True)

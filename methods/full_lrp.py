@@ -53,4 +53,4 @@ class FullLRP(Method):
     def attribute(self, capture: Capture) -> Tensor:
         """Relevance of the pixels of each patch (B, h, w)."""
         relevance = capture.meeting(self.needs).image_gradient.sum(1)
-        return gather_by_patch(relevance, capture.grid, mean=False).to(widen(capture.logits).dtype)
+        return gather_by_patch(relevance, capture.grid, capture.extent, mean=False).to(widen(capture.logits).dtype)

@@ -40,7 +40,7 @@ class KernelShap(AblationAttribution):
     samples: int = option(1024, "sets of patches that the model is asked about", minimum=3)
     seed: int = option(0, "seed of the sets, which are the same for every image", minimum=0, maximum=2**32 - 1)
 
-    def image_scores(self, one: ImageResponse, grid: tuple[int, int]) -> Tensor:
+    def image_scores(self, one: ImageResponse, grid: tuple[int, int], extent: tuple[int, int] | None) -> Tensor:
         """Scores (1, h, w).
 
         Raises:
@@ -57,7 +57,7 @@ class KernelShap(AblationAttribution):
             coefficients: Tensor = kernel_shap.attribute(
                 image,
                 baselines=one.baseline(self.baseline),
-                feature_mask=patch_of_pixel(image.shape[-2:], grid)[None, None].to(image.device),
+                feature_mask=patch_of_pixel(image.shape[-2:], grid, extent)[None, None].to(image.device),
                 n_samples=self.samples,
                 perturbations_per_eval=one.batch.forward_size,
                 return_input_shape=False,

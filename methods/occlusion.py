@@ -9,7 +9,7 @@ from torch import Tensor
 from vitexplain.captum_attribution import AblationAttribution
 from vitexplain.errors import OptionError
 from vitexplain.options import option
-from vitexplain.patch_pixels import gather_by_patch
+from vitexplain.patch_pixels import covered, gather_by_patch, with_covered
 from vitexplain.registry import register_method
 from vitexplain.target_response import ImageResponse
 
@@ -44,7 +44,7 @@ class Occlusion(AblationAttribution):
                 "the window's side, so that every patch is covered"
             )
 
-    def image_scores(self, one: ImageResponse, grid: tuple[int, int]) -> Tensor:
+    def image_scores(self, one: ImageResponse, grid: tuple[int, int], extent: tuple[int, int] | None) -> Tensor:
         """Scores (1, h, w).
 
         Raises:
@@ -58,14 +58,19 @@ class Occlusion(AblationAttribution):
                 "expected a smaller one, such as window=1"
             )
         image = one.image
-        channels, *sides = image.shape[1:]
+        seen = covered(image, extent)
+        channels, *sides = seen.shape[1:]
         # (pixels of a patch, patches of the window) along each side
-        lengths = [(max(side // count, 1), min(self.window, count)) for side, count in zip(sides, grid, strict=True)]
-        pixels = CaptumOcclusion(one).attribute(
-            image,
-            sliding_window_shapes=(channels, *(patch * window for patch, window in lengths)),
+        lengths = [
+            (max(taken // count, 1), min(self.window, count))
+            for taken, count in zip(extent or sides, grid, strict=True)
+        ]
+        windows = (min(patch * window, side) for (patch, window), side in zip(lengths, sides, strict=True))
+        pixels = CaptumOcclusion(lambda changed: one(with_covered(image, changed))).attribute(
+            seen,
+            sliding_window_shapes=(channels, *windows),
             strides=(channels, *(patch * min(self.stride, window) for patch, window in lengths)),
-            baselines=one.baseline(self.baseline),
+            baselines=covered(one.baseline(self.baseline), extent),
             perturbations_per_eval=one.batch.forward_size,
         )
-        return gather_by_patch(pixels[:, 0], grid, mean=True)
+        return gather_by_patch(pixels[:, 0], grid, extent, mean=True)

@@ -54,5 +54,5 @@ class Rise(Method):
 
         answers = torch.stack([asked(one) for one in response.each()])
         numbers = torch.split(torch.arange(self.masks, device=answers.device), response.forward_size)
-        patches = torch.cat([gather_by_patch(masks(part), capture.grid, mean=True) for part in numbers])
+        patches = torch.cat([gather_by_patch(masks(part), capture.grid, capture.extent, mean=True) for part in numbers])
         return torch.einsum("bm,mhw->bhw", answers, patches.to(answers)) / (self.masks * self.probability)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitexplain.capture import Capture
@@ -13,6 +12,7 @@ from vitexplain.feature_masks import merged_channels
 from vitexplain.method import Method
 from vitexplain.needs import Needs
 from vitexplain.options import option
+from vitexplain.patch_pixels import Extent, enlarged
 from vitexplain.registry import register_method
 from vitexplain.target_response import ImageResponse, TargetResponse
 
@@ -57,19 +57,28 @@ class ViTCX(Method):
         block = capture.blocks[self.layer]
         patches = block.state("attention_input")[:, block.layout.prefix :]
         masks = [merged_channels(each, self.distance).view(-1, *block.layout.grid) for each in patches]
-        scores = [self._scores(*each) for each in zip(response.each(), masks, response.clean, strict=True)]
+        size = (response.images.shape[-2], response.images.shape[-1])
+        extent = capture.adapter.extent(size, block.layout.grid)
+        scores = [self._scores(*each, extent) for each in zip(response.each(), masks, response.clean, strict=True)]
         # a probability has a zero; the level of a contrast or a function says nothing
         return torch.stack(scores) if capture.classes is None else torch.stack(scores).clamp(min=0)
 
-    def _scores(self, one: ImageResponse, masks: Tensor, clean: Tensor) -> Tensor:
-        """Scores (h, w) of one image, not cut off, from its masks (K, h, w) and what is said of it as it is ()."""
+    def _scores(self, one: ImageResponse, masks: Tensor, clean: Tensor, extent: Extent | None) -> Tensor:
+        """Scores (h, w) of one image, not cut off.
+
+        Args:
+            one: the image.
+            masks: (K, h, w).
+            clean: (), what is said of the image as it is.
+            extent: pixels (height, width) that the masks' grid takes up; None for the image.
+        """
         if not len(masks):  # features that are the same everywhere: the explainer says that the map is constant
             return masks.sum(0)
         image = one.image
         noise = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(image) * self.noise
 
         def noisy(numbers: Tensor) -> Tensor:
-            mask = F.interpolate(masks[:, None].to(image)[numbers // 2], image.shape[-2:], mode="bilinear")
+            mask = enlarged(masks.to(image)[numbers // 2], image.shape[-2:], "bilinear", extent)[:, None]
             shown = torch.where((numbers % 2 == 0)[:, None, None, None], mask, 1)
             return image * shown + noise * (1 - mask)
 

@@ -59,11 +59,11 @@ class AblationAttribution(Method):
     batch_size: int = option(64, "images in one forward pass; on the CPU never more than 8", minimum=1)
 
     @abstractmethod
-    def image_scores(self, one: ImageResponse, grid: tuple[int, int]) -> Tensor:
-        """Scores (1, h, w) of one image, whose patches form a grid (h, w)."""
+    def image_scores(self, one: ImageResponse, grid: tuple[int, int], extent: tuple[int, int] | None) -> Tensor:
+        """Scores (1, h, w) of one image, whose patches form a grid (h, w), and take up `extent` (see `Capture`)."""
 
     def attribute(self, capture: Capture) -> Tensor:
         """Scores (B, h, w), float32 or wider."""
         response = TargetResponse.of(capture, self.info.name, self.output, self.batch_size)
-        scores = torch.cat([self.image_scores(each, capture.grid) for each in response.each()])
+        scores = torch.cat([self.image_scores(each, capture.grid, capture.extent) for each in response.each()])
         return scores.detach().to(response.images)

@@ -56,12 +56,14 @@ class Capture:
         logits: the model's output (B, C), detached.
         explained: the score that is explained, for methods that ask for it again; None where nothing was said of it.
         grid: patch grid (h, w).
+        extent: pixels (height, width) of the images that the grid takes up; None where just the images.
         layouts: the tokens of each block.
     """
 
     images: Tensor
     logits: Tensor
     grid: tuple[int, int]
+    extent: tuple[int, int] | None
     layouts: tuple[TokenLayout, ...]
     pool: BlockRecord | None = None
     explained: ExplainedScore | None = None
@@ -159,7 +161,8 @@ class Capture:
             raise CaptureError("Capture.forward runs once, inside the `with` of a fresh Capture")
         # clone: a tensor made in the caller's inference_mode cannot take part in a graph
         self.images = self.adapter.check_images(images.clone() if images.is_inference() else images)
-        self.grid = self.adapter.grid((self.images.shape[-2], self.images.shape[-1]))
+        size = (self.images.shape[-2], self.images.shape[-1])
+        self.grid, self.extent = self.adapter.grid(size), self.adapter.extent(size)
         self.layouts = self.adapter.layouts(self.grid)
         with callers_autocast():
             short = self._short_last_block()

@@ -153,6 +153,7 @@ class _Writer:
             "predicted": _predictions(first),
             "patch_grid": list(first.grid),
             "image_size": list(first.image_size),
+            **({} if first.extent is None else {"patch_extent": list(first.extent)}),
             "maps": maps,
             **self.about,
         }

@@ -162,11 +162,13 @@ class Explainer:
 
         if isinstance(inputs, tuple):
             return (self.attribute(inputs[0], target),)
-        scores = self(inputs, target).scores
+        explanation = self(inputs, target)
+        scores = explanation.scores
         if scores.ndim != 3:
             raise TargetError(f"found {scores.shape[1]} targets an image, expected one: attribute gives one map")
         channels, *size = inputs.shape[-3:]
-        return upsample(scores, (size[0], size[1]), "bilinear")[:, None].repeat(1, channels, 1, 1)
+        maps = upsample(scores, (size[0], size[1]), "bilinear", explanation.extent_in(size))
+        return maps[:, None].repeat(1, channels, 1, 1)
 
 
 def explain_with(
@@ -244,20 +246,22 @@ def _explanation(
     if target.single:
         scores, shares, constant = scores[:, 0], shares[:, 0], constant[:, 0]
     options: dict[str, Any] = method.options
+    grid, size = (scores.shape[-2], scores.shape[-1]), (images.shape[-2], images.shape[-1])
     return Explanation(
         scores=scores,
         targets=target.explained_classes(),
         logits=attributed.logits,
         method=method.info.name,
         options=options,
-        grid=(scores.shape[-2], scores.shape[-1]),
-        image_size=(images.shape[-2], images.shape[-1]),
+        grid=grid,
+        image_size=size,
         signed=method.signed,
         approximate=subject.adapter.approximate if method.follows_blocks else None,
         diagnostics={"prefix_share": shares, "constant": constant},
         preprocessing=subject.preprocessing,
         labels=subject.labels,
         inputs=images,
+        extent=subject.adapter.extent(size, grid),
     )
 
 

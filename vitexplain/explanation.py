@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .patch_pixels import Extent, scaled_extent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,6 +44,8 @@ class Explanation:
         labels: class names, where known.
         inputs: what the model saw, (B, channels, H, W), normalised, on its device and in its precision; `pictures`
             and `overlay` show it. None where an explanation was put together without it.
+        extent: pixels (height, width) of the input that the grid takes up from the top left corner on: less than all
+            where the model leaves out what is no whole patch, more where it pads that. None: just all, evenly.
     """
 
     scores: Tensor
@@ -58,6 +61,7 @@ class Explanation:
     preprocessing: Preprocessing | None = None
     labels: Sequence[str] | None = None
     inputs: Tensor | None = None
+    extent: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         approximate = f", approximate: {self.approximate}" if self.approximate else ""
@@ -115,6 +119,8 @@ class Explanation:
     ) -> Tensor:
         """Scores upsampled to pixels and normalised to [0, 1]; zero is at 0.5 for signed methods.
 
+        Pixels that no patch takes up (see `extent`) look like the nearest patch.
+
         Args:
             size: pixels (H, W); the model's input size by default.
             mode: ``"bilinear"``, ``"bicubic"``, or ``"nearest"`` for the honest patch grid.
@@ -125,8 +131,13 @@ class Explanation:
         """
         from . import render
 
-        maps = render.upsample(self.scores.float(), size or self.image_size, mode)
+        size = size or self.image_size
+        maps = render.upsample(self.scores.float(), size, mode, self.extent_in(size))
         return render.normalise(maps, signed=self.signed, scale=scale)
+
+    def extent_in(self, size: Sequence[int]) -> Extent | None:
+        """`extent` in the pixels of pictures (H, W) that show all of the model's input."""
+        return scaled_extent(self.extent, self.image_size, size)
 
     def pictures(self) -> np.ndarray:
         """The model's input as pictures, uint8 (B, H, W, 3) RGB.
@@ -214,6 +225,8 @@ class Explanation:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the explanation; the suffix says what: ``.png`` the panel, ``.npy`` the raw scores, ``.npz`` all.
 
+        All is scores, logits, targets and diagnostics; and `extent` and `image_size` where there is an extent.
+
         Raises:
             InputError: another suffix, or a picture where the pictures are not known.
             ExportError: the file cannot be written.
@@ -228,6 +241,8 @@ class Explanation:
             save_scores(self.scores, path)
         elif path.suffix == ".npz":
             arrays = {"scores": self.scores, "logits": self.logits, **self.diagnostics}
+            if self.extent is not None:
+                arrays |= {"extent": torch.tensor(self.extent), "image_size": torch.tensor(self.image_size)}
             save_arrays(arrays if self.targets is None else {**arrays, "targets": self.targets}, path)
         else:
             raise InputError(f"found suffix {path.suffix!r} in {path}, expected .png, .npy or .npz")

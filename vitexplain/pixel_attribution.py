@@ -39,8 +39,8 @@ class PixelAttribution(Method):
         """Scores (B, h, w)."""
         pixels = self.pixels(capture)
         if self.reduction == "sum":
-            return gather_by_patch(pixels.sum(1), capture.grid, mean=False)
-        return gather_by_patch(pixels.abs().mean(1), capture.grid, mean=True)
+            return gather_by_patch(pixels.sum(1), capture.grid, capture.extent, mean=False)
+        return gather_by_patch(pixels.abs().mean(1), capture.grid, capture.extent, mean=True)
 
 
 @dataclass(frozen=True)

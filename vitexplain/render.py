@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
 from vitexplain.colormaps import COLORMAPS, SIGNED_COLORMAP, UNSIGNED_COLORMAP, color_table
 from vitexplain.device_painting import paint, paint_over
 from vitexplain.errors import ExportError, InputError, OptionError
 from vitexplain.files import write_whole
+from vitexplain.patch_pixels import Extent, enlarged
 
 __all__ = [
     "COLORMAPS",
@@ -40,14 +40,21 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 def upsample(
-    scores: Tensor, size: tuple[int, int], mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear"
+    scores: Tensor,
+    size: tuple[int, int],
+    mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear",
+    extent: Extent | None = None,
 ) -> Tensor:
     """Brings patch-level scores to pixel resolution.
+
+    Pixels that no patch takes up get what the nearest one gets at its edge.
 
     Args:
         scores: (..., h, w), any real type.
         size: height and width of the result.
         mode: ``"bilinear"`` (corners not aligned), ``"nearest"`` for visible patches, or ``"bicubic"``.
+        extent: height and width, in pixels of the result, of what the patches take up from the top left corner on;
+            None for just the result. See `Explanation.extent_in`.
 
     Returns:
         float32 (..., H, W) on the device of `scores`.
@@ -62,12 +69,9 @@ def upsample(
         raise OptionError(f"size is {size!r}, expected (height, width) of at least one pixel.")
     if scores.ndim < 2 or 0 in scores.shape[-2:]:
         raise InputError(f"found scores of shape {tuple(scores.shape)}, expected (..., h, w).")
-    maps = scores.detach().to(torch.float32).reshape(-1, 1, *scores.shape[-2:])
-    if mode == "nearest":
-        enlarged = functional.interpolate(maps, size=tuple(size), mode="nearest-exact")
-    else:
-        enlarged = functional.interpolate(maps, size=tuple(size), mode=mode, align_corners=False)
-    return enlarged.reshape(*scores.shape[:-2], *size)
+    maps = scores.detach().to(torch.float32).reshape(-1, *scores.shape[-2:])
+    pixels = enlarged(maps, size, "nearest-exact" if mode == "nearest" else mode, extent)
+    return pixels.reshape(*scores.shape[:-2], *size)
 
 
 def evidence(heat: Tensor, signed: bool) -> Tensor:

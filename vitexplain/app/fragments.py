@@ -48,8 +48,17 @@ def maps_html(comparison: Comparison, view: str, smooth: bool, share_scale: bool
             }
             scores = comparison.scores(case, label)
             if scores is not None:
-                signed = comparison.explanations[case.model, label].signed
-                drawn = draw_view(view, picture, scores, signed=signed, scale=ranges.get(label, "map"), smooth=smooth)
+                explanation = comparison.explanations[case.model, label]
+                signed = explanation.signed
+                drawn = draw_view(
+                    view,
+                    picture,
+                    scores,
+                    signed=signed,
+                    scale=ranges.get(label, "map"),
+                    smooth=smooth,
+                    extent=explanation.extent_in(picture.shape[:2]),
+                )
                 cell["address"] = picture_address(drawn)
                 cell["range"] = range_text(ranges.get(label, range_of(scores)), signed)
                 cell["bar"] = _bar(signed)

@@ -166,6 +166,7 @@ class ChunkRun:
         shown = self._shown(metric)
         masks, boxes = self._masks if "masks" in shown else None, self._boxes if "boxes" in shown else None
         chosen, device = able.to(self.model.device), self.model.device
+        size = (self.inputs.shape[-2], self.inputs.shape[-1])
         batch = MetricBatch(
             scores[chosen],
             self.targets[chosen],
@@ -175,6 +176,7 @@ class ChunkRun:
             masks=None if masks is None else masks[able].to(device),
             boxes=None if boxes is None else [boxes[index] for index in able.nonzero()[:, 0].tolist()],
             explain=explaining(method, self.model.subject, self.plan.configuration.batch_size),
+            extent=self.model.subject.adapter.extent(size, (scores.shape[-2], scores.shape[-1])),
         )
         own = own_statistics(measure(metric, batch))
         return rows | {name: _spread(value, able.numpy(), len(scores)) for name, value in own.items()}

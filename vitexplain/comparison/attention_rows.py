@@ -13,6 +13,7 @@ from ..capture import Capture
 from ..errors import CaptureError, UnsupportedModelError
 from ..explainer import Subject
 from ..needs import Needs
+from ..patch_pixels import scaled_extent
 
 _LEVELS = 255
 
@@ -27,6 +28,7 @@ class AttentionRows:
         on_patches: (L, N) float32: share of each row that lies on patches, the rest being on prefix tokens.
         prefix: prefix tokens, which are the first of the N rows.
         grid: patch grid (h, w), with P = h·w.
+        taken: share of the image's height and width that it takes up; above 1 where the model pads.
     """
 
     levels: npt.NDArray[np.uint8]
@@ -34,6 +36,7 @@ class AttentionRows:
     on_patches: npt.NDArray[np.float32]
     prefix: int
     grid: tuple[int, int]
+    taken: tuple[float, float] = (1, 1)
 
 
 def attention_rows(subject: Subject, images: Tensor) -> list[AttentionRows] | None:
@@ -74,4 +77,5 @@ def _of_one(subject: Subject, needs: Needs, image: Tensor) -> AttentionRows:
         patches.sum(-1).numpy(),
         layout.prefix,
         layout.grid,
+        scaled_extent(capture.extent, (image.shape[-2], image.shape[-1]), (1, 1)) or (1, 1),
     )

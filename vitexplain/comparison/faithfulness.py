@@ -80,4 +80,4 @@ def _batch(comparison: Comparison, model: str, explanation: Explanation, index: 
         subject.adapter, subject.preprocessing, _FORWARD_SIZE, inputs, explanation.logits.float()
     )
     targets = cast("torch.Tensor", explanation.targets)[:, index]
-    return MetricBatch(explanation.scores[:, index].float(), targets, inputs, predictor)
+    return MetricBatch(explanation.scores[:, index].float(), targets, inputs, predictor, extent=explanation.extent)

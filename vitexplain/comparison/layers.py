@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..colormaps import SIGNED_COLORMAP, UNSIGNED_COLORMAP, color_table
+from ..patch_pixels import Extent
 from ..render import Pixels
 from ..showing import png_address
 from .views import Scale, heat_of
@@ -24,14 +25,16 @@ class Layer:
 
     Attributes:
         smooth: address of a PNG in the picture's size, bilinear between patch centres.
-        patches: address of a PNG with one pixel a patch.
+        patches: address of a PNG with one pixel a patch; in the picture's size where patches take up less or more.
     """
 
     smooth: str
     patches: str
 
 
-def layer(scores: Tensor, size: tuple[int, ...], *, signed: bool, scale: Scale = "map") -> Layer:
+def layer(
+    scores: Tensor, size: tuple[int, ...], *, signed: bool, scale: Scale = "map", extent: Extent | None = None
+) -> Layer:
     """A map (h, w) as layers whose opacity grows with the heat, as in `render.overlay`.
 
     Args:
@@ -39,12 +42,12 @@ def layer(scores: Tensor, size: tuple[int, ...], *, signed: bool, scale: Scale =
         size: height and width of the picture in pixels.
         signed: scores below zero are evidence against the target.
         scale: ``"map"`` for the map's own range, or ``(low, high)``.
+        extent: pixels (height, width) of the picture that the patches take up; None for just all of it.
     """
-    grid = (scores.shape[0], scores.shape[1])
-    smooth, patches = (
-        png_address(_coloured(heat_of(scores, each, signed=signed, scale=scale), signed)) for each in (size, grid)
-    )
-    return Layer(smooth, patches)
+    smooth = heat_of(scores, size, signed=signed, scale=scale, extent=extent)
+    own = (scores.shape[0], scores.shape[1]) if extent is None else size
+    patches = heat_of(scores, own, signed=signed, scale=scale, smooth=False, extent=extent)
+    return Layer(*(png_address(_coloured(each, signed)) for each in (smooth, patches)))
 
 
 def picture_address(picture: Pixels) -> str:

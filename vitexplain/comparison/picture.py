@@ -74,17 +74,18 @@ def draw(
                 empty = np.full_like(picture, ImageColor.getrgb((DARK if dark else LIGHT).background))
                 row.append(Cell(empty, remark(comparison, case, label)))
                 continue
-            signed = comparison.explanations[case.model, label].signed
+            explanation = comparison.explanations[case.model, label]
             drawn = draw_view(
                 view,
                 picture,
                 scores,
-                signed=signed,
+                signed=explanation.signed,
                 scale=ranges.get(label, "map"),
                 smooth=smooth,
                 colormap=colormap,
                 share=top_share,
                 thickness=max(1, round(_LINE * scale)),
+                extent=explanation.extent_in(picture.shape[:2]),
             )
             row.append(Cell(drawn, remark(comparison, case, label)))
         rows.append(row)

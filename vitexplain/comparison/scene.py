@@ -106,20 +106,28 @@ class Scenes:
         scores, note = self.comparison.scores(case, label), remark(self.comparison, case, label)
         if scores is None:
             return {"layer": None, "remark": note}
-        signed = self.comparison.explanations[case.model, label].signed
+        explanation = self.comparison.explanations[case.model, label]
+        signed = explanation.signed
         bounds = self.ranges.get(label, range_of(scores))
         low, high = range_text(bounds, signed)
         flat = scores.detach().float().cpu().flatten().tolist()
         self.maps.append(
             {
                 "grid": list(scores.shape),
+                "taken": explanation.extent_in((1, 1)) or (1, 1),
                 "scores": [float(f"{each:.{_DIGITS}g}") if each - each == 0 else None for each in flat],
                 "scene": len(self.attention) - 1,
             }
         )
         return {
             "number": len(self.maps) - 1,
-            "layer": layer(scores, size, signed=signed, scale=self.ranges.get(label, "map")),
+            "layer": layer(
+                scores,
+                size,
+                signed=signed,
+                scale=self.ranges.get(label, "map"),
+                extent=explanation.extent_in(size),
+            ),
             "low": low,
             "high": high,
             "signed": signed,
@@ -145,6 +153,7 @@ def _both(agreement: Agreement | None) -> tuple[str, str] | None:
 def _encoded(rows: AttentionRows) -> dict[str, Any]:
     return {
         "grid": list(rows.grid),
+        "taken": rows.taken,
         "prefix": rows.prefix,
         "blocks": len(rows.levels),
         "levels": _base64(rows.levels),

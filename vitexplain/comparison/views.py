@@ -12,6 +12,7 @@ from torch import Tensor
 from ..boxes import draw_boxes, heatmap_to_boxes
 from ..errors import InputError, UnknownNameError
 from ..metrics.ordering import rank
+from ..patch_pixels import Extent
 from ..render import (
     SIGNED_COLORMAP,
     UNSIGNED_COLORMAP,
@@ -51,6 +52,7 @@ def draw_view(
     colormap: str | None = None,
     share: float = TOP_SHARE,
     thickness: int = 2,
+    extent: Extent | None = None,
 ) -> Pixels:
     """One map, in one way.
 
@@ -73,6 +75,7 @@ def draw_view(
         colormap: one of `render.COLORMAPS`; None for the default of signed or unsigned maps.
         share: of the patches that ``patches`` shows.
         thickness: of lines in pixels.
+        extent: pixels (height, width) of the picture that the patches take up; None for just all of it.
 
     Returns:
         uint8 RGB (H, W, 3).
@@ -85,7 +88,7 @@ def draw_view(
         raise UnknownNameError.listing("view", view, VIEWS)
     if picture.dtype != np.uint8 or picture.ndim != 3:
         raise InputError(f"found a picture {picture.shape} of type {picture.dtype}, expected uint8 (H, W, 3)")
-    heat = heat_of(scores, picture.shape[:2], signed=signed, scale=scale, smooth=smooth)
+    heat = heat_of(scores, picture.shape[:2], signed=signed, scale=scale, smooth=smooth, extent=extent)
     if view == "heatmap":
         return colourise(heat, colormap or (SIGNED_COLORMAP if signed else UNSIGNED_COLORMAP))
     if view == "overlay":
@@ -96,27 +99,35 @@ def draw_view(
     if view == "mask":
         return _spotlight(picture, (hot >= _THRESHOLD).numpy())
     if view == "patches":
-        return _spotlight(picture, highest_patches(scores, picture.shape[:2], share))
+        return _spotlight(picture, highest_patches(scores, picture.shape[:2], share, extent))
     boxes = heatmap_to_boxes(hot[None], _THRESHOLD, largest=True)
     (boxed,) = draw_boxes(picture[None], boxes, thickness=thickness)
     return np.asarray(boxed, np.uint8)
 
 
 def heat_of(
-    scores: Tensor, size: tuple[int, ...], *, signed: bool, scale: Scale = "map", smooth: bool = True
+    scores: Tensor,
+    size: tuple[int, ...],
+    *,
+    signed: bool,
+    scale: Scale = "map",
+    smooth: bool = True,
+    extent: Extent | None = None,
 ) -> Tensor:
     """Scores (h, w) as heat (H, W) in [0, 1], on the CPU; zero is at 0.5 where scores are signed."""
     mode: Literal["bilinear", "nearest"] = "bilinear" if smooth else "nearest"
-    pixels = upsample(scores.detach().float().cpu(), (size[0], size[1]), mode)
+    pixels = upsample(scores.detach().float().cpu(), (size[0], size[1]), mode, extent)
     return normalise(pixels, signed=signed, scale=scale)
 
 
-def highest_patches(scores: Tensor, size: tuple[int, ...], share: float = TOP_SHARE) -> npt.NDArray[np.bool_]:
+def highest_patches(
+    scores: Tensor, size: tuple[int, ...], share: float = TOP_SHARE, extent: Extent | None = None
+) -> npt.NDArray[np.bool_]:
     """Pixels (H, W) of the highest patches; of equal scores the first in reading order is the higher one."""
     count = max(1, round(share * scores.numel()))
     chosen = rank(scores.detach().cpu().flatten()[None]) < count
     found: npt.NDArray[np.bool_] = (
-        upsample(chosen.reshape(scores.shape).float(), (size[0], size[1]), "nearest").numpy() > 0
+        upsample(chosen.reshape(scores.shape).float(), (size[0], size[1]), "nearest", extent).numpy() > 0
     )
     return found
 

@@ -35,7 +35,8 @@ def describe(
             "options": method.options,
             "class_specific": method.info.class_specific,
             "approximate": model.subject.adapter.approximate if method.follows_blocks else None,
-            **asdict(shapes[label]),
+            # where maps take up just the image, as nearly always, exports stay what they were without this entry
+            **{name: value for name, value in asdict(shapes[label]).items() if (name, value) != ("extent", None)},
         }
         for label, method in methods.items()
     }

@@ -107,7 +107,7 @@ class Pipeline:
         height, width = self.model.preprocessing.size
         explanations = self._explain(torch.zeros(1, 3, height, width), None, [0])
         return {
-            label: MapShape(each.grid, tuple(each.diagnostics), each.signed)
+            label: MapShape(each.grid, tuple(each.diagnostics), each.signed, each.extent)
             for label, each in zip(self.methods, explanations, strict=True)
         }
 

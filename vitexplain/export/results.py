@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import InputError, UnknownNameError
+from ..patch_pixels import scaled_extent
 from ..preprocessing import Preprocessing
 from .entries import Entry, view
 from .entry_table import read_entries
@@ -151,7 +152,9 @@ class HeatmapExport:
         """
         from ..render import normalise, upsample
 
-        maps = upsample(torch.from_numpy(self.scores(image, method)), size or self._preprocessing.size)
+        size = size or self._preprocessing.size
+        extent = scaled_extent(self.manifest["methods"][method].get("extent"), self._preprocessing.size, size)
+        maps = upsample(torch.from_numpy(self.scores(image, method)), size, extent=extent)
         heat: npt.NDArray[np.float32] = normalise(maps, signed=self._signed(method)).numpy()
         return heat
 

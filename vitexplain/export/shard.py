@@ -29,11 +29,13 @@ class MapShape:
         grid: patch grid (h, w).
         diagnostics: names of the figures that come with each map.
         signed: scores below zero are evidence against the target.
+        extent: pixels (height, width) of the input that the grid takes up; see `Explanation.extent`.
     """
 
     grid: tuple[int, int]
     diagnostics: tuple[str, ...]
     signed: bool
+    extent: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

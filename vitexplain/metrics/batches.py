@@ -140,7 +140,18 @@ def metric_batches(
         _check_labels(annotations["labels"], logits.shape[1])
         for method, explanation in zip(methods, explanations, strict=True):
             explain = explaining(method, subject, batch_size)
-            yield method, MetricBatch(explanation.scores, targets, inputs, predictor, explain=explain, **annotations)
+            yield (
+                method,
+                MetricBatch(
+                    explanation.scores,
+                    targets,
+                    inputs,
+                    predictor,
+                    explain=explain,
+                    extent=explanation.extent,
+                    **annotations,
+                ),
+            )
 
 
 def subject_of(model: nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str) -> Subject:

@@ -28,7 +28,7 @@ class _BoxAccuracy(Metric):
 
     def _hits(self, batch: MetricBatch, overlaps: Sequence[float], *, largest: bool) -> dict[str, Tensor]:
         """For each overlap, whether a box reaches it: (B, S) at each of the levels that the thresholds amount to."""
-        maps = heat_levels(scaled_on_pixels(batch.scores, input_size(batch), "bicubic"))
+        maps = heat_levels(scaled_on_pixels(batch, input_size(batch), "bicubic"))
         best = np.stack(
             [
                 _best_overlaps(levels, self._cuts(), truth.numpy().astype(np.int64), largest)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import TargetError
 from ..options import option
+from ..patch_pixels import at_pixels
 from .catalogue import Figure, register_metric
 from .correlation import pearson
 from .draws import generators
@@ -70,7 +71,7 @@ class Infidelity(Metric):
             return removed, present - removed
 
         def forward(present: Tensor, images: Tensor, replaced: Tensor) -> Tensor:
-            return asked.output(_without(images, present == 0, replaced))
+            return asked.output(_without(images, present == 0, replaced, asked.extent))
 
         changed = len(own) * self.draws
         found: Tensor = infidelity(
@@ -125,7 +126,7 @@ class FaithfulnessCorrelation(Metric):
         grid, own = asked.scores.shape[1:], generators(asked.inputs, self.seed)
         subsets = [torch.stack([_subset(grid, self.share, mine) for _ in range(self.draws)]) for mine in own]
         removed = torch.stack(subsets).to(asked.inputs.device)  # (b, draws, h, w)
-        changed = _without(asked.inputs[:, None], removed, asked.replaced[:, None])
+        changed = _without(asked.inputs[:, None], removed, asked.replaced[:, None], asked.extent)
         outputs = asked.output(changed.flatten(0, 1)).reshape(*removed.shape[:2], -1)
         drops = asked.output(asked.inputs)[:, None] - outputs
         explained = drops.gather(2, asked.targets[:, None, None].expand(-1, self.draws, 1))[..., 0]
@@ -143,6 +144,7 @@ class _Asked:
         replaced: (b, 3, H, W), pixels that replace those of removed patches.
         targets: (b,) int64.
         scores: (b, h, w) float64.
+        extent: pixels (height, width) that their grid takes up; None for just the images.
     """
 
     predictor: Predictor
@@ -151,6 +153,7 @@ class _Asked:
     replaced: Tensor
     targets: Tensor
     scores: Tensor
+    extent: tuple[int, int] | None
 
     @classmethod
     def of(cls, batch: MetricBatch, kind: str, replacement: str, seed: int) -> _Asked:
@@ -163,7 +166,8 @@ class _Asked:
             )
         inputs = predictor.adapter.check_images(cast("Tensor", batch.inputs))
         replaced = replacement_images(replacement, inputs, predictor, seed)
-        return cls(predictor, kind, inputs, replaced, targets, batch.scores.to(inputs.device).double())
+        scores = batch.scores.to(inputs.device).double()
+        return cls(predictor, kind, inputs, replaced, targets, scores, batch.extent)
 
     def parts(self, draws: int) -> Iterator[_Asked]:
         """As many images at a time as fit into one forward with all their draws; at least one."""
@@ -178,12 +182,9 @@ class _Asked:
         return ask(images).double()
 
 
-def _without(images: Tensor, removed: Tensor, replaced: Tensor) -> Tensor:
+def _without(images: Tensor, removed: Tensor, replaced: Tensor, extent: tuple[int, int] | None) -> Tensor:
     """Images (…, 3, H, W) with the pixels of other images where patches are `removed`, (…, h, w) bool."""
-    (h, w), (height, width) = removed.shape[-2:], images.shape[-2:]
-    rows = torch.arange(height, device=removed.device) * h // height
-    columns = torch.arange(width, device=removed.device) * w // width
-    pixels = removed[..., rows[:, None], columns].unsqueeze(-3).to(images.device)
+    pixels = at_pixels(removed, images.shape[-2:], extent).unsqueeze(-3).to(images.device)
     return torch.where(pixels, replaced, images)
 
 

@@ -66,7 +66,7 @@ class _Localisation(Metric):
         return dict(means)
 
     def _energy(self, batch: MetricBatch, masks: Tensor) -> dict[str, Tensor]:
-        energy = energy_in_mask(on_pixels(batch.scores, masks.shape[1:], self.upsampling), masks).double()
+        energy = energy_in_mask(on_pixels(batch, masks.shape[1:], self.upsampling), masks).double()
         energy = energy.masked_fill(unknown_or_large(masks, self.largest_object), torch.nan)
         return {"energy": energy, "chance": object_share(masks).masked_fill(energy.isnan(), torch.nan)}
 
@@ -151,7 +151,7 @@ class PointingGame(_Localisation):
             )
         masks = box_masks(batch) if batch.masks is None else object_masks(batch)
         counted = masks >= 0
-        heat = on_pixels(batch.scores, masks.shape[1:], self.upsampling).masked_fill(~counted, -torch.inf)
+        heat = on_pixels(batch, masks.shape[1:], self.upsampling).masked_fill(~counted, -torch.inf)
         largest = heat.amax((1, 2), keepdim=True)
         tied = heat >= largest - 4 * torch.finfo(heat.dtype).eps * largest.abs()
         hit = _within(masks == 1, self.tolerance)

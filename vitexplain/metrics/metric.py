@@ -34,6 +34,7 @@ class MetricBatch:
         masks: (B, H, W) int8 in the pixels of the input: 1 object, 0 background, -1 left out.
         boxes: B tensors (n, 4) of x0, y0, x1, y1 in pixels of the input, edges exclusive.
         explain: inputs (b, 3, H, W) and targets (b,) to scores (b, h, w), by the same method.
+        extent: pixels (height, width) of the input that the grid takes up; None for just all; see `Explanation.extent`.
     """
 
     scores: Tensor
@@ -44,6 +45,7 @@ class MetricBatch:
     masks: Tensor | None = None
     boxes: Sequence[Tensor] | None = None
     explain: Callable[[Tensor, Tensor], Tensor] | None = None
+    extent: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or not self.scores.is_floating_point():
@@ -52,7 +54,7 @@ class MetricBatch:
                 "(B, h, w): one map an image. Maps of several targets are measured one target at a time"
             )
         for each in fields(self):
-            value = getattr(self, each.name)
+            value = None if each.name == "extent" else getattr(self, each.name)
             if isinstance(value, Tensor | list | tuple) and len(value) != len(self.scores):
                 raise InputError(f"found {len(value)} {each.name} for {len(self.scores)} maps, expected one an image")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from ..patch_pixels import Extent, at_pixels, enlarged
 
 ORDERS = ("bilinear", "nearest", "patches")
 """Pixels by the map between patch centres; pixels by the map of visible patches; whole patches."""
@@ -39,7 +39,7 @@ class Ranking:
         return [self.count * part // parts for part in range(parts + 1)]
 
 
-def salience(scores: Tensor, size: tuple[int, int], order: str) -> Tensor:
+def salience(scores: Tensor, size: tuple[int, int], order: str, extent: Extent | None = None) -> Tensor:
     """Scores at pixels, each map scaled to [0, 1]; an increasing function of the scores wherever they are constant.
 
     Patches with equal scores give exactly equal pixels between them: rounded sums would rank a plateau by chance.
@@ -48,6 +48,7 @@ def salience(scores: Tensor, size: tuple[int, int], order: str) -> Tensor:
         scores: (B, h, w), finite.
         size: pixels (H, W).
         order: one of `ORDERS`; bilinear has corners not aligned, the others take the nearest patch.
+        extent: pixels (height, width) that the grid takes up; None for just the image.
 
     Returns:
         (B, H, W) float32 on the device of the scores; 0 for a constant map.
@@ -56,12 +57,19 @@ def salience(scores: Tensor, size: tuple[int, int], order: str) -> Tensor:
     low, high = wide.amin((1, 2), keepdim=True), wide.amax((1, 2), keepdim=True)
     unit = ((wide - low) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)).float()
     if order != "bilinear":
-        return _nearest(unit, size)
+        return at_pixels(unit, size, extent)
     # float32 values weighted in float64 and rounded back: equal neighbours come out as they went in
-    return F.interpolate(unit.double()[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].float()
+    return enlarged(unit.double(), size, "bilinear", extent).float()
 
 
-def rank_pixels(scores: Tensor, size: tuple[int, int], order: str, *, most_relevant_first: bool = True) -> Ranking:
+def rank_pixels(
+    scores: Tensor,
+    size: tuple[int, int],
+    order: str,
+    *,
+    most_relevant_first: bool = True,
+    extent: Extent | None = None,
+) -> Ranking:
     """The order of the pixels of B maps. Equal ones go row by row from the top left, in either direction.
 
     Args:
@@ -69,11 +77,12 @@ def rank_pixels(scores: Tensor, size: tuple[int, int], order: str, *, most_relev
         size: pixels (H, W).
         order: one of `ORDERS`.
         most_relevant_first: highest score first; else lowest first.
+        extent: pixels (height, width) that the grid takes up; None for just the image. Others come with their nearest.
     """
     if order == "patches":
         ranks = rank(scores.flatten(1), most_relevant_first).reshape(scores.shape)
-        return Ranking(_nearest(ranks, size), ranks[0].numel())
-    pixels = salience(scores, size, order)
+        return Ranking(at_pixels(ranks, size, extent), ranks[0].numel())
+    pixels = salience(scores, size, order, extent)
     return Ranking(rank(pixels.flatten(1), most_relevant_first).reshape(pixels.shape), pixels[0].numel())
 
 
@@ -100,12 +109,3 @@ def _among_highest(values: Tensor, count: int) -> Tensor:
     above, tied = values > least, (values == least).double()
     left = count - above.sum(1, keepdim=True)
     return above + tied * left / tied.sum(1, keepdim=True).clamp(min=1)
-
-
-def _nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, h, w) to (B, H, W) of any dtype: each pixel takes the patch that its centre lies in."""
-    rows, columns = (
-        (2 * torch.arange(pixels, device=values.device) + 1) * patches // (2 * pixels)
-        for pixels, patches in zip(size, values.shape[-2:], strict=True)
-    )
-    return values[:, rows][:, :, columns]

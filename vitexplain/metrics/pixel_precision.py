@@ -42,7 +42,7 @@ class PixelAveragePrecision(Metric):
     def measure(self, batch: MetricBatch) -> dict[str, Tensor]:
         """``on_object`` and ``on_background`` (B, thresholds + 1): how many pixels lie in each bin."""
         masks = object_masks(batch)
-        heat = scaled_on_pixels(batch.scores, masks.shape[1:], "bicubic")
+        heat = scaled_on_pixels(batch, masks.shape[1:], "bicubic")
         edges = torch.from_numpy(np.append(np.arange(self.thresholds) * (1 / self.thresholds), 1)).to(heat.device)
         bins = torch.bucketize(heat.double(), edges, right=True) - 1
         empty = (masks < 0).all(2).all(1)[:, None]

@@ -89,7 +89,13 @@ class PixelMetric(Metric):
 
     def ranking(self, batch: MetricBatch, *, most_relevant_first: bool = True) -> Ranking:
         """The order in which the batch's pixels are replaced."""
-        return rank_pixels(batch.scores, input_size(batch), self.order, most_relevant_first=most_relevant_first)
+        return rank_pixels(
+            batch.scores,
+            input_size(batch),
+            self.order,
+            most_relevant_first=most_relevant_first,
+            extent=batch.extent,
+        )
 
 
 def input_size(batch: MetricBatch) -> tuple[int, int]:

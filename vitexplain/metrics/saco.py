@@ -60,7 +60,7 @@ class SaCo(PixelMetric):
         ranking = self.ranking(batch)
         bounds = ranking.bounds(self.groups)
         alone = self.respond(batch, ranking, list(pairwise(bounds)), clean.predicted if classes is None else classes)
-        pixels = salience(batch.scores, input_size(batch), self.order)
+        pixels = salience(batch.scores, input_size(batch), self.order, batch.extent)
         group = torch.bucketize(ranking.ranks, torch.tensor(bounds[1:], device=pixels.device), right=True)
         means = _group_means(pixels.flatten(1).double(), group.flatten(1), self.groups)
         fall = clean.probability[:, None] - alone.probability

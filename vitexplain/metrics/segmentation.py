@@ -48,7 +48,7 @@ class Segmentation(Metric):
     def measure(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Counts (B,), of background and object (B, 2); ``average_precision`` and ``f1_rows`` (B,)."""
         masks = object_masks(batch)
-        heat = scaled_on_pixels(batch.scores, masks.shape[1:])
+        heat = scaled_on_pixels(batch, masks.shape[1:])
         found = heat > heat.mean((1, 2), keepdim=True)
         truth, counted = masks == 1, masks >= 0
         pairs = [(~found & counted, ~truth & counted), (found & counted, truth & counted)]
@@ -97,7 +97,7 @@ class AreaUnderPrecisionRecall(Metric):
     def measure(self, batch: MetricBatch) -> dict[str, Tensor]:
         """``auprc`` and ``chance`` (B,), in [0, 1]."""
         masks = object_masks(batch)
-        heat = on_pixels(batch.scores, masks.shape[1:])
+        heat = on_pixels(batch, masks.shape[1:])
         areas = [
             average_precision(each[mask >= 0], mask[mask >= 0] == 1) for each, mask in zip(heat, masks, strict=True)
         ]

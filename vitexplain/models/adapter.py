@@ -16,6 +16,7 @@ from ..borrowing import all_modules, attributes_set
 from ..combination import Combination
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, TokenLayout, Windows
+from ..patch_pixels import grid_extent
 
 if TYPE_CHECKING:
     from ..needs import Needs, State
@@ -117,6 +118,33 @@ class ModelAdapter(ABC):
         Raises:
             InputError: the model does not take images of this size.
         """
+
+    @property
+    def patch_size(self) -> tuple[int, int] | None:
+        """Pixels (height, width) of a patch, where patches lie side by side from the image's top left corner on.
+
+        None where that is not known, or not so: the grid is then taken to spread evenly over the image.
+        """
+        return None
+
+    def extent(self, image_size: tuple[int, int], grid: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """Pixels (height, width) that a grid takes up of images of (H, W) pixels; None where just the image.
+
+        Less than the image where the model leaves out what is no whole patch, more where it pads that to one.
+
+        Args:
+            image_size: pixels (H, W).
+            grid: (h, w) of one of the `layouts`; the patch grid by default.
+
+        Raises:
+            InputError: the model does not take images of this size.
+        """
+        patches = self.grid(image_size)
+        grids = [patches]
+        if grid is not None and grid != patches:
+            merged = [layout.grid for layout in self.layouts(patches)]
+            grids += merged[: merged.index(grid) + 1] if grid in merged else []
+        return grid_extent(image_size, self.patch_size, grids)
 
     @abstractmethod
     def seed(self, num_tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ from ..combination import Combination
 from ..errors import UnsupportedModelError
 from ..layout import TokenLayout
 from .adapter import BlockModules, ModelAdapter
-from .timm_family import patch_grid
+from .timm_family import cut_size, patch_grid
 
 if TYPE_CHECKING:
     from ..needs import Needs
@@ -111,6 +111,11 @@ class CaitAdapter(ModelAdapter):
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch grid (h, w)."""
         return patch_grid(self._cait.patch_embed, image_size, dynamic=False)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Pixels (height, width) of a patch."""
+        return cut_size(self._cait.patch_embed)
 
     def layouts(self, grid: tuple[int, int]) -> tuple[TokenLayout, ...]:
         """Patches alone, and with the class token in the last blocks."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..borrowing import borrowed
 from ..errors import InputError, UnsupportedModelError
 from ..layout import to_tokens
+from ..patch_pixels import patch_of_pixel
 from .adapter import BlockModules
 from .findings import FoundBlock, find_blocks, find_grid, find_pool
 from .layer_scale import Joined, layer_scales
-from .probe import Forward, watched
+from .probe import Forward, first_tensor, watched
 from .projections import describe
 from .unknown import UnknownModelAdapter
 
@@ -41,6 +42,8 @@ class DiscoveredAdapter(UnknownModelAdapter):
         UnsupportedModelError: no attention could be seen, or it does not have the form of a plain transformer.
     """
 
+    _stem: nn.Conv2d | None = None  # not known before the first forward
+
     def __init__(self, model: nn.Module, image_size: tuple[int, int] | None = None) -> None:
         super().__init__(model, image_size)
         images = self.noise(self._probe_size)
@@ -51,6 +54,9 @@ class DiscoveredAdapter(UnknownModelAdapter):
         self._tokens = blocks[0].attention.operands.num_tokens
         self._stem, grid = find_grid(seen, self._tokens)
         self._probe_grid = grid
+        self._cut_as_they_are = {
+            (images.shape[-2], images.shape[-1])
+        }  # image sizes that the patch convolution was given
         self.num_prefix_tokens = self._tokens - grid[0] * grid[1]
         with torch.inference_mode(False), torch.no_grad(), borrowed(model):
             found = [describe(seen, block) for block in blocks]
@@ -79,15 +85,44 @@ class DiscoveredAdapter(UnknownModelAdapter):
                 f"found images of {image_size[0]}×{image_size[1]} pixels, expected {self._probe_size[0]}×"
                 f"{self._probe_size[1]}; for another size pass DiscoveredAdapter(model, image_size=(H, W)) as the model"
             )
-        kernel, stride, padding = self._stem.kernel_size, self._stem.stride, self._stem.padding
-        margins = (0, 0) if isinstance(padding, str) else padding
         rows, columns = (
             (side + 2 * margin - width) // step + 1
-            for side, margin, width, step in zip(image_size, margins, kernel, stride, strict=True)
+            for side, margin, width, step in zip(
+                image_size, _margins(self._stem), self._stem.kernel_size, self._stem.stride, strict=True
+            )
         )
         if min(rows, columns) < 1:
             raise InputError(f"found images of {image_size[0]}×{image_size[1]} pixels, expected at least one patch")
         return rows, columns
+
+    @property
+    def patch_size(self) -> tuple[int, int] | None:
+        """The stride of the patch convolution; None where it overlaps, leaves gaps, pads, or is not the first layer."""
+        stem = self._stem
+        if stem is None or stem.kernel_size != stem.stride or any(_margins(stem)) or set(stem.dilation) != {1}:
+            return None
+        return stem.stride[0], stem.stride[1]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """As for any adapter; of images of a new size, the patch convolution is watched the first time.
+
+        Raises:
+            InputError: the model resizes or pads such images before it cuts patches, so that the grid is not known.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        if self._stem is None or size in self._cut_as_they_are:
+            return super().logits(images)
+        found, cut = self._watching_stem(self._stem, images)
+        if cut == size:
+            self._cut_as_they_are.add(size)
+        elif cut is not None:
+            raise InputError(
+                f"found images of {size[0]}×{size[1]} pixels, of which the model makes {cut[0]}×{cut[1]} before it "
+                f"cuts patches, so that its patch grid is not known; expected {self._probe_size[0]}×"
+                f"{self._probe_size[1]}: resize the images, or pass DiscoveredAdapter(model, image_size=(H, W)) as the "
+                "model"
+            )
+        return found
 
     def check_needs(self, needs: Needs) -> None:
         """Refuses the attention input where no module puts it out, as where a block normalises in its own forward."""
@@ -140,6 +175,22 @@ class DiscoveredAdapter(UnknownModelAdapter):
         weight = found.value()
         return weight.reshape(found.heads, -1, weight.shape[1]).transpose(1, 2)
 
+    def _watching_stem(self, stem: nn.Conv2d, images: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        """The logits, and the size (H, W) of what the patch convolution was given; None where it was not seen."""
+        sizes: list[tuple[int, int]] = []
+
+        def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = first_tensor((*arguments, *named.values()))
+            if given is not None:
+                sizes.append((given.shape[-2], given.shape[-1]))
+
+        handle = stem.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            logits = super().logits(images)
+        finally:
+            handle.remove()
+        return logits, sizes[0] if sizes else None
+
     def _watch(self, images: Tensor) -> Forward:
         with torch.no_grad(), self.prepared(), watched(self.model, len(images)) as seen:
             self.run(images)
@@ -154,7 +205,8 @@ class DiscoveredAdapter(UnknownModelAdapter):
         """Prefix tokens come first and patches row by row: a change at the bottom left reaches one place alone."""
         (h, w), (height, width) = self._probe_grid, images.shape[-2:]
         changed = images.clone()
-        changed[..., height - height // h :, : width // w] *= -1
+        own = patch_of_pixel((height, width), (h, w), self.extent((height, width))) == (h - 1) * w
+        changed = torch.where(own.to(images.device), -images, images)
         states = []
         for call in (first, find_blocks(self._watch(changed))[0]):
             if call.call.input is None:
@@ -243,6 +295,11 @@ class DiscoveredAdapter(UnknownModelAdapter):
         if gradients is None or not gradients.any():
             raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
         return gradients.flatten(0, 1).cpu()
+
+
+def _margins(stem: nn.Conv2d) -> tuple[int, int]:
+    """Pixels (rows, columns) by which a convolution pads at each end."""
+    return (0, 0) if isinstance(stem.padding, str) else (stem.padding[0], stem.padding[1])
 
 
 def _absolute_gradients(logits: Tensor, leaf: Tensor, directions: int) -> Tensor | None:

@@ -84,7 +84,7 @@ def _with_layout(block: FoundBlock) -> FoundBlock:
 
 
 def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, int]]:
-    """The patch convolution, if it reads the image itself, and its output size (h, w).
+    """The patch convolution, if it reads the image itself and in its own size, and its output size (h, w).
 
     Raises:
         UnsupportedModelError: no convolution before the first attention makes at most `tokens` patches.
@@ -106,7 +106,9 @@ def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, 
             f"attention runs over {tokens} tokens, but the patch convolution makes a grid of {h}×{w}; expected one "
             "token a patch. Models that merge or drop patches need a ModelAdapter"
         )
-    stem = last.module if len(convolutions) == 1 and isinstance(last.module, nn.Conv2d) else None
+    whole, given = seen.modules[0].input, last.input
+    as_it_is = whole is not None and given is not None and whole.shape[-2:] == given.shape[-2:]
+    stem = last.module if len(convolutions) == 1 and as_it_is and isinstance(last.module, nn.Conv2d) else None
     return stem, (h, w)
 
 

@@ -49,6 +49,12 @@ def patch_grid(embed: Any, image_size: tuple[int, int], *, dynamic: bool) -> tup
     return int(rows), int(columns)
 
 
+def cut_size(embed: Any) -> tuple[int, int]:
+    """Pixels (height, width) of the patches that one of timm's patch embeddings cuts."""
+    height, width = embed.patch_size
+    return int(height), int(width)
+
+
 _NORMED_KEYS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
 """Attention modules that norm their keys, if only by an identity, right before they attend."""
 
@@ -164,6 +170,11 @@ class TimmAdapter(ModelAdapter):
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch grid (h, w); any size for models with dynamic sizes, else the one size they take."""
         return patch_grid(self._embed, image_size, dynamic=getattr(self._vit, "dynamic_img_size", False))
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Pixels (height, width) of a patch; of a hybrid's, in the feature map that it is cut from."""
+        return cut_size(self._embed)
 
     def seed(self, num_tokens: int) -> Tensor:
         """CLS; half CLS, half DIST; or uniform over the mean-pooled tokens, as the head reads them."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..layout import TokenLayout, Windows
 from .adapter import BlockModules, ModelAdapter
-from .timm_family import patch_grid
+from .timm_family import cut_size, patch_grid
 
 
 def is_swin(model: nn.Module) -> bool:
@@ -45,6 +45,11 @@ class SwinAdapter(ModelAdapter):
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch grid (h, w) of the first stage."""
         return patch_grid(self._swin.patch_embed, image_size, dynamic=self._swin.dynamic_img_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Pixels (height, width) of a patch of the first stage."""
+        return cut_size(self._swin.patch_embed)
 
     def layouts(self, grid: tuple[int, int]) -> tuple[TokenLayout, ...]:
         """Half the grid, rounded up, after each merging."""

@@ -65,7 +65,7 @@ def evaluate_patch_masks(
         masks = _checked_masks(batch)
         classes = torch.tensor([labels[0] for labels in batch.labels])
         explanation = explainer(batch.inputs, classes)
-        tally.update(MetricBatch(explanation.scores.cpu(), masks=masks))
+        tally.update(MetricBatch(explanation.scores.cpu(), masks=masks, extent=explanation.extent))
         right += sum(
             found in labels for found, labels in zip(explanation.logits.argmax(1).tolist(), batch.labels, strict=True)
         )

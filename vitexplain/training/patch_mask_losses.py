@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..patch_pixels import framed
 from ..patch_probability import log_partition
 
 MaskLoss = Literal["balanced", "plain", "own_class", "background", "joint"]
@@ -16,17 +17,19 @@ MaskLoss = Literal["balanced", "plain", "own_class", "background", "joint"]
 MASK_LOSSES: tuple[MaskLoss, ...] = get_args(MaskLoss)
 
 
-def patch_cover(masks: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def patch_cover(masks: Tensor, grid: tuple[int, int], extent: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """How much of each patch the object covers, and which patches count.
 
     Args:
         masks: (B, H, W) in pixels of the model's input: 1 object, 0 background, -1 left out.
         grid: (h, w) patches.
+        extent: pixels (height, width) that they take up; None for just the masks. Padding counts as left out.
 
     Returns:
         t (B, N) in [0, 1], the object's share of the pixels that are not left out; and (B, N), 1 where at most half of
         the patch is left out, else 0. Both float32.
     """
+    masks = framed(masks, extent, -1)
     known = F.adaptive_avg_pool2d((masks >= 0).float()[:, None], grid).flatten(1)
     shown = F.adaptive_avg_pool2d((masks == 1).float()[:, None], grid).flatten(1)
     return shown / known.clamp(min=torch.finfo(known.dtype).tiny), (known >= 0.5).float()

@@ -127,7 +127,7 @@ class PatchMaskModule(lightning.LightningModule):
         size = (batch.images.shape[-2], batch.images.shape[-1])
         layout = self.adapter.layouts(self.adapter.grid(size))[-1]
         scores = self.token_head.token_logits(tokens[:, layout.prefix :]).float()
-        cover, counts = patch_cover(batch.masks, layout.grid)
+        cover, counts = patch_cover(batch.masks, layout.grid, self.adapter.extent(size, layout.grid))
         return mask_loss(self.settings.loss, scores, batch.classes[-len(batch.masks) :], cover, counts).mean()
 
     def _log(self) -> None:

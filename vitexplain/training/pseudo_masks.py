@@ -26,6 +26,7 @@ from ..images import load_image
 from ..models import adapt
 from ..models.adapter import ModelAdapter
 from ..needs import Needs
+from ..patch_pixels import Extent, at_pixels, scaled_extent
 from ..preprocessing import Preprocessing
 from ..registry import create_method
 
@@ -73,7 +74,10 @@ def with_pseudo_masks(
             labels = [_label(example) for example in batch]
             explained = Explainer(create_method(source), subject)(inputs, labels)
             masks = thresholded(explained.scores, deviations)
-        made += [_masked(*each) for each in zip(batch, views, masks, strict=True)]
+        size, grid = (inputs.shape[-2], inputs.shape[-1]), (masks.shape[-2], masks.shape[-1])
+        extent = subject.adapter.extent(size, grid)
+        for example, view, mask in zip(batch, views, masks, strict=True):
+            made.append(_masked(example, view, mask, scaled_extent(extent, size, (view.height, view.width))))
     return made
 
 
@@ -136,10 +140,9 @@ def _object_side(vector: Tensor) -> Tensor:
     return torch.from_numpy(parts == parts.flatten()[seed])
 
 
-def _masked(example: Example, view: Image.Image, mask: Tensor) -> Example:
+def _masked(example: Example, view: Image.Image, mask: Tensor, extent: Extent | None) -> Example:
     size = (view.height, view.width)
-    pixels = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0]
-    drawn: npt.NDArray[np.int8] = pixels.cpu().numpy().astype(np.int8)
+    drawn: npt.NDArray[np.int8] = at_pixels(mask, size, extent).cpu().numpy().astype(np.int8)
     return replace(example, image=view, mask=drawn, boxes=None, size=size)
 
 

@@ -25,30 +25,33 @@
   }
 
   const number = (value) => value === null ? "not finite" : String(Number(value.toPrecision(4)));
-  const place = (cursor, [h, w], patch) => {
+  // `taken`: the share of the picture's height and width that all patches take up
+  const place = (cursor, { grid: [h, w], taken: [tall, wide] }, patch) => {
+    const along = (length, at) => Math.min(length, 1 - at) * 100 + "%";
+    const top = tall * Math.floor(patch / w) / h, left = wide * (patch % w) / w;
     cursor.hidden = false;
-    cursor.style.left = 100 * (patch % w) / w + "%";
-    cursor.style.top = 100 * Math.floor(patch / w) / h + "%";
-    cursor.style.width = 100 / w + "%";
-    cursor.style.height = 100 / h + "%";
+    cursor.style.left = 100 * left + "%";
+    cursor.style.top = 100 * top + "%";
+    cursor.style.width = along(wide / w, left);
+    cursor.style.height = along(tall / h, top);
   };
   const name = ([, w], patch) => `row ${Math.floor(patch / w) + 1}, column ${patch % w + 1}`;
 
   for (const view of all(".map")) {
     const map = data.maps[view.dataset.map];
-    const [h, w] = map.grid;
+    const [h, w] = map.grid, [tall, wide] = map.taken;
     const cursor = view.querySelector(".cursor");
     let patch = null;
     const look = (index) => {
       patch = index;
-      place(cursor, map.grid, patch);
+      place(cursor, map, patch);
       readout.textContent = `${view.dataset.title}: ${number(map.scores[patch])} at ${name(map.grid, patch)}`;
     };
     const leave = () => { if (document.activeElement !== view) cursor.hidden = true; };
     const under = (event) => {
       const box = view.getBoundingClientRect();
-      const row = Math.min(h - 1, Math.max(0, Math.floor(h * (event.clientY - box.top) / box.height)));
-      const column = Math.min(w - 1, Math.max(0, Math.floor(w * (event.clientX - box.left) / box.width)));
+      const row = Math.min(h - 1, Math.max(0, Math.floor(h * (event.clientY - box.top) / box.height / tall)));
+      const column = Math.min(w - 1, Math.max(0, Math.floor(w * (event.clientX - box.left) / box.width / wide)));
       return row * w + column;
     };
     view.addEventListener("pointermove", (event) => look(under(event)));
@@ -101,7 +104,7 @@
 
   const show = (scene, token, patch) => {
     const found = data.attention[scene];
-    const [h, w] = found.grid;
+    const [h, w] = found.grid, [tall, wide] = found.taken;
     const tokens = found.prefix + h * w;
     const { levels, peaks, onPatches } = rows(scene);
     const panel = panelOf(scene);
@@ -113,6 +116,8 @@
       const canvas = figure.querySelector("canvas");
       canvas.width = w;
       canvas.height = h;
+      canvas.style.width = 100 * wide + "%";
+      canvas.style.height = 100 * tall + "%";
       const context = canvas.getContext("2d");
       const pixels = context.createImageData(w, h);
       for (let index = 0; index < h * w; index += 1) {
@@ -122,7 +127,7 @@
       }
       context.putImageData(pixels, 0, 0);
       const cursor = figure.querySelector(".cursor");
-      if (patch === null) cursor.hidden = true; else place(cursor, found.grid, patch);
+      if (patch === null) cursor.hidden = true; else place(cursor, found, patch);
       figure.querySelector(".share").textContent =
         `at most ${(100 * peaks[row]).toFixed(1)} % of ${(100 * onPatches[row]).toFixed(0)} %`;
     });
