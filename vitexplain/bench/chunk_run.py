@@ -246,7 +246,9 @@ class ChunkRun:
         chosen, seed = self.plan.methods[method], self.plan.configuration.seed
         drawn = seed if chosen.info.stochastic else None
         learned = [] if (found := self._checkpoint(chosen)) is None else [file_digest(found)]
-        return digest("scores", self._predictions_key, chosen.info.name, chosen.options, drawn, *learned)
+        extent = self.model.subject.adapter.extent(self.model.preprocessing.size)
+        apart = [] if extent is None else [list(extent)]  # most models' patches cover just the image
+        return digest("scores", self._predictions_key, chosen.info.name, chosen.options, drawn, *learned, *apart)
 
     def _checkpoint(self, method: Method) -> Path | None:
         """What a method learned, if it does and has; its content counts, as training again may write the same file."""
