@@ -30,10 +30,19 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: the file is missing, unreadable, or holds no state dict.
     """
     path = Path(path)
+    check_there(path)
+    return _without_prefix(_unwrapped(_read(path), path))
+
+
+def check_there(path: Path) -> None:
+    """Makes sure that there is a file of weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(f"no checkpoint at {str(path)!r} ({found}); {_EXPECTED}")
-    return _without_prefix(_unwrapped(_read(path), path))
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
