@@ -286,11 +286,25 @@ class TestOtherCommands:
                 assert f"--option {each.name}={each.default}" in result.stdout
         assert max(map(len, result.stdout.splitlines())) <= 80
 
+    def test_methods_by_pattern(self) -> None:
+        for pattern, names in (("*cam", {"agcam", "eigencam"}), ("Token-TM", {"tokentm"})):
+            listed = set(re.findall(r"^(\w+)   ", run("methods", pattern).stdout, re.MULTILINE))
+            assert names <= listed <= {name for name in list_methods() if "cam" in name} | {"tokentm"}
+        refusal(run("methods", "tokentn"), "no method called 'tokentn' .did you mean 'tokentm'")
+
     def test_models(self) -> None:
         result = run("models", "test_vit")
         assert result.stdout.split() == ["timm:test_vit"]
         assert run("models", "scenes").stdout.startswith("scenes ")
-        refusal(run("models", "resnet*"), r"no model that can be explained matches 'resnet\*'")
+        refusal(run("models", "risnet*"), r"no model that can be explained matches 'risnet\*'")
+
+    def test_models_that_are_not_built_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("built"))
+        result = run("models", "timm:resnet1*")
+        assert (result.exit_code, result.stdout) == (0, "")
+        number = len(timm.list_models("resnet1*"))
+        said = rf"{number} other architectures of timm match 'timm:resnet1\*' \(timm:resnet10t, .*, …\).*Grad-CAM"
+        assert re.search(said, result.stderr)
 
     def test_version(self) -> None:
         assert run("--version").stdout == f"vitexplain {vitexplain.__version__}\n"
@@ -303,7 +317,7 @@ class TestOtherCommands:
         lines = result.stdout.splitlines()
         assert max(map(len, lines)) <= width
         assert "Traceback" not in result.output
-        if command and command != ["methods"]:
+        if command:
             examples = [line.strip() for line in lines if line.startswith(f" vitexplain {command[0]}")]
             assert examples, "--help shows an example"
             following = [lines[index + 1].strip() for index, line in enumerate(lines) if line.strip() in examples]
@@ -367,6 +381,13 @@ class TestProcesses:
         assert process.returncode == 1
         assert output == f"1 of 2 images explained. Results: {tmp_path}\n"
         assert re.fullmatch(r"error: 'broken\.png' .*\n", errors)
+
+    def test_a_reader_that_has_enough_is_no_error(self) -> None:
+        words = [sys.executable, "-m", "vitexplain", "methods"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 0
 
     def test_not_carried_out(self, folder: Path, tmp_path: Path) -> None:
         process = self.start(folder, "a.png", "--target", "-1", "--output", tmp_path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -46,6 +48,10 @@ class _Commands(TyperGroup):
             if not is_out_of_memory(error):
                 raise
             say_error(f"out of memory ({type(error).__name__}). Try a smaller --batch-size, --size or model")
+        except BrokenPipeError:
+            if not _nobody_reads():
+                raise
+            raise typer.Exit from None
         except KeyboardInterrupt as interruption:
             known = " ".join(str(interruption).splitlines())
             say(f"interrupted; {known or 'results finished before this are complete'}")
@@ -207,12 +213,17 @@ def explain(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command()
-def methods() -> None:
+@app.command(epilog="[b]Example[/b]\n\nvitexplain methods 'grad*'")
+def methods(
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of names.")] = "*",
+) -> None:
     """Lists the methods: cost, whether the map depends on the class, options, paper."""
+    import fnmatch
+
     from .registry import list_methods, method_info
 
-    for name in list_methods():
+    names = fnmatch.filter(list_methods(), pattern)
+    for name in names or [method_info(pattern).name]:  # a name may be spelled in other ways
         info = method_info(name)
         kind = "class-specific" if info.class_specific else "the same for every class"
         heading = _wrapped(f"{name}   {info.title}; {kind}; {info.passes} (forward, backward)", 0, 4)
@@ -227,14 +238,25 @@ def methods() -> None:
 def models(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of architecture names.")] = "*",
 ) -> None:
-    """Lists the models that can be explained; each architecture is built (without weights) to find out."""
-    from .models.loading import list_models
+    """Lists the models that can be explained; each transformer of timm is built (without weights) to find out.
+
+    Other architectures, such as ResNets, are counted, and not built: most of them are explained by their last feature
+    map, with Grad-CAM and what else needs no attention.
+    """
+    from .models.loading import list_models, other_architectures
 
     found = False
     for name, note in list_models(pattern):
         typer.echo(f"{name}   {note}".rstrip())
         found = True
-    if not found:
+    others = other_architectures(pattern)
+    if others:
+        some = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        say(
+            f"{len(others)} other architectures of timm match {pattern!r} ({some}). They are not built here; most are "
+            "explained by their last feature map, with Grad-CAM and what else needs no attention: see docs/support.md"
+        )
+    elif not found:
         raise UnknownNameError(
             f"no model that can be explained matches {pattern!r}; `vitexplain models` lists them all"
         )
@@ -244,6 +266,16 @@ app.command("bench", epilog=EXAMPLES)(bench_command)
 app.command("app")(app_command)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
 app.command("export", epilog=EXPORT_EXAMPLES)(export_command)
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads the output has enough, as ``head`` has; the rest then goes nowhere."""
+    try:
+        print(flush=True)  # only writing shows it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 class _SayHandler(logging.Handler):

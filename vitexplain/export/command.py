@@ -90,11 +90,11 @@ def export_command(
     from ..cli_values import configure_methods, read_preprocessing
     from ..models.loading import load_model
     from .run import export_heatmaps
-    from .single_file import check_kind
+    from .single_file import check_place
     from .tables import TableColumns
 
     if also is not None:
-        check_kind(also)
+        check_place(also)
     loaded = load_model(
         model,
         checkpoint=checkpoint,

@@ -165,7 +165,9 @@ def load_model(
 
 
 def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
-    """Models that can be explained: the embedded one, and timm's architectures, each built (without weights) to see.
+    """Models that can be explained: the embedded ones, and timm's transformers, each built (without weights) to see.
+
+    Others of timm's architectures are not among them; see `other_architectures`.
 
     Args:
         pattern: shell pattern of names, with or without ``timm:``.
@@ -191,6 +193,22 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
         except UnsupportedModelError as error:
             notes.append(str(error).split(";")[0])
         yield f"{_PREFIX}{name}", "; ".join(notes)
+
+
+def other_architectures(pattern: str) -> list[str]:
+    """Names of timm's architectures that match, beyond those `list_models` looks through; none of them is built.
+
+    They are ConvNets, pyramids and others. `load_model` takes those that have a feature map that all of the score goes
+    through, for Grad-CAM and what else needs no attention.
+
+    Args:
+        pattern: shell pattern of names, with or without ``timm:``.
+    """
+    import timm
+
+    looked_through = set(_architectures())
+    names = fnmatch.filter(timm.list_models(), pattern.removeprefix(_PREFIX))
+    return [f"{_PREFIX}{name}" for name in names if name not in looked_through]
 
 
 def _embedded_model(
