@@ -153,7 +153,8 @@ def load_model(
         adapter.grid(prepare.size)
     except InputError as error:
         raise OptionError(
-            f"{name} cannot take inputs of {prepare.size[0]}x{prepare.size[1]} pixels: {error}"
+            f"{name} cannot take inputs of {prepare.size[0]}x{prepare.size[1]} pixels: {error}. Leave the size out "
+            "for the model's own, or choose another"
         ) from error
     num_classes = _count_classes(name, model)
     found = names if given is None else given
