@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +25,13 @@ from vitexplain import (
     CheckpointError,
     InputError,
     OptionError,
+    UnknownNameError,
     VitExplainError,
     create_method,
     list_methods,
     method_info,
 )
+from vitexplain.app.command import app_command
 from vitexplain.app.fragments import figures_html, maps_html, preview_html
 from vitexplain.app.guard import OutsideRefused
 from vitexplain.app.limits import Limits, read_upload
@@ -76,12 +79,13 @@ class TestLimits:
             (png(Image.new("1", (20_000, 20_000))), Limits(), "400000000 pixels"),
         ],
     )
-    def test_others_are_refused_by_a_message_without_a_path(
+    def test_others_are_refused_by_a_message_with_the_name_and_without_a_path(
         self, tmp_path: Path, content: bytes, limits: Limits, message: str
     ) -> None:
-        (tmp_path / "secret-place.png").write_bytes(content)
-        with pytest.raises(InputError, match=message) as error:
-            read_upload(tmp_path / "secret-place.png", limits)
+        (tmp_path / "secret-place").mkdir()
+        (tmp_path / "secret-place" / "holiday.png").write_bytes(content)
+        with pytest.raises(InputError, match=f"^holiday.png.*({message})") as error:
+            read_upload(tmp_path / "secret-place" / "holiday.png", limits)
         assert "secret-place" not in str(error.value)
 
     def test_a_file_that_is_gone_is_asked_for_again(self, tmp_path: Path) -> None:
@@ -137,6 +141,14 @@ class TestSession:
         for changed in (made.with_picture(scene, "b.png"), made.with_model(session.model)):
             with pytest.raises(InputError, match="press Explain"):
                 changed.made()
+
+    def test_a_class_may_be_named_beside_those_that_are_chosen(self, session: Session) -> None:
+        first = session.probable[0][0]
+        assert session.chosen([first], " ") == [first]
+        assert session.chosen([first], "Star") == [first, session.model.class_index("star")]
+        assert session.chosen([first], str(first)) == [first]
+        with pytest.raises(UnknownNameError, match=r"no class called 'strar' \(did you mean 'star'"):
+            session.chosen([first], "strar")
 
     def test_what_is_missing_is_asked_for(self, session: Session, shelf: Shelf) -> None:
         with pytest.raises(OptionError, match="no methods"):
@@ -269,7 +281,7 @@ class TestPage:
             lambda page, file, request: page._take_upload(None, file, request),
             lambda page, file, request: page._take_example(None, SimpleNamespace(index=0)),
             lambda page, file, request: page._take_model(None, "timm:none", None, request),
-            lambda page, file, request: page._explain(None, ["rollout"], [0], "overlay", True, False),
+            lambda page, file, request: page._explain(None, ["rollout"], [0], "overlay", True, False, ""),
             lambda page, file, request: page._draw(None, "overlay", True, False),
             lambda page, file, request: page._measure(None),
             lambda page, file, request: page._make_files(None, request),
@@ -284,6 +296,12 @@ class TestPage:
         (tmp_path / "a.png").write_bytes(scene)
         with pytest.raises(gr.Error, match=r"this page has expired.*reload"):
             event(page, str(tmp_path / "a.png"), SimpleNamespace(session_hash="one"))
+
+    def test_no_picture_is_told(self, page: Any) -> None:
+        import gradio as gr
+
+        with pytest.raises(gr.Error, match="no picture was sent: choose one"):
+            page._take_upload(page._begin(None)[0], None, SimpleNamespace(session_hash="one"))
 
     @pytest.mark.parametrize(
         "error",
@@ -375,6 +393,16 @@ def test_nor_where_an_address_stands_for_an_upload(path: str, address: str) -> N
 )
 def test_other_values_reach_the_app_as_they_were_sent(body: bytes, kind: str) -> None:
     assert answered("POST", "/gradio_api/queue/join", body, kind) == (200, body)
+
+
+def test_ctrl_c_says_that_the_app_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitexplain.app.command.serve", lambda **_: nullcontext("http://127.0.0.1:7860/"))
+    monkeypatch.setattr(time, "sleep", pressed)
+    with pytest.raises(KeyboardInterrupt, match="the app has stopped"):
+        app_command(browser=False)
 
 
 @pytest.mark.parametrize("port", [None, 70_000])

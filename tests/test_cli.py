@@ -115,6 +115,26 @@ class TestExplain:
         assert "broken.png" in line
         assert {path.stem for path in tmp_path.glob("*.json")} == {"a", "b", "c"}
 
+    @pytest.mark.parametrize("output", [".", "maps"])
+    def test_overlays_of_an_earlier_run_are_not_explained(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("a.png", "photos/c.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        for _ in range(2):
+            result = explain(folder, "**/*.png", ".", "--output", output, image="a.png")
+            assert result.stdout.startswith("3 of 3 images explained."), "the picture that is named, and the two here"
+        named = next((tmp_path / output).glob("a-*.png"))
+        assert explain(folder, named, "--output", tmp_path / "others").stdout.startswith("2 of 2 images explained.")
+
+    def test_preprocessing_in_one_option(self, folder: Path, tmp_path: Path) -> None:
+        words = ["--preprocessing", "size=(96, 128)", "--preprocessing", "crop_mode=squash", "--std", "0.4,0.4,0.4"]
+        assert explain(folder, *words, "--output", tmp_path).exit_code == 0
+        said = json.loads((tmp_path / "a.json").read_text())["model"]["preprocessing"]
+        assert (said["size"], said["crop_mode"], said["std"]) == ([96, 128], "squash", [0.4] * 3)
+
     def test_nothing_but_broken_files(self, folder: Path, tmp_path: Path) -> None:
         result = explain(folder, "--output", tmp_path, image="broken.png")
         assert result.exit_code == 1
@@ -164,6 +184,14 @@ class TestExplain:
             (["--size", "160y160"], ["--size: found '160y160', expected a size such as 224 or 224x160"]),
             (["--size", "96x90"], ["cannot take inputs of 96x90 pixels"]),
             (["--size", "-160"], ["--size: found '-160', expected a size"]),
+            (["--preprocessing", "size=160y160"], ["--preprocessing size: found '160y160', expected a size such as"]),
+            (["--preprocessing", "size"], ["--preprocessing: found 'size', expected NAME=VALUE"]),
+            (["--preprocessing", "size=96", "--preprocessing", "size=160"], ["found size twice"]),
+            (["--preprocessing", "size=96", "--size", "160"], ["found size in --preprocessing and in an option of"]),
+            (["--preprocessing", "crop_fraction=most"], ["found 'most', expected a number such as 0.9"]),
+            (["--preprocessing", "crop=squash"], ["the setting is 'crop', expected one of size, mean"]),
+            (["--model", "scenes"], [r"no description 'tiny\.json' beside it.*add --model timm:ARCHITECTURE"]),
+            (["--model", "scenes", "--checkpoint", "none.safetensors"], ["no checkpoint at 'none.*no such file"]),
             (["--mean", "0.5"], ["--mean: found '0.5', expected 3 numbers such as"]),
             (["--std", "0.5,0,0.5"], ["std is .*, expected three numbers above 0"]),
             (["--interpolation", "cubic"], ["interpolation is 'cubic', expected one of .*bicubic"]),
@@ -258,11 +286,25 @@ class TestOtherCommands:
                 assert f"--option {each.name}={each.default}" in result.stdout
         assert max(map(len, result.stdout.splitlines())) <= 80
 
+    def test_methods_by_pattern(self) -> None:
+        for pattern, names in (("*cam", {"agcam", "eigencam"}), ("Token-TM", {"tokentm"})):
+            listed = set(re.findall(r"^(\w+)   ", run("methods", pattern).stdout, re.MULTILINE))
+            assert names <= listed <= {name for name in list_methods() if "cam" in name} | {"tokentm"}
+        refusal(run("methods", "tokentn"), "no method called 'tokentn' .did you mean 'tokentm'")
+
     def test_models(self) -> None:
         result = run("models", "test_vit")
         assert result.stdout.split() == ["timm:test_vit"]
         assert run("models", "scenes").stdout.startswith("scenes ")
-        refusal(run("models", "resnet*"), r"no model that can be explained matches 'resnet\*'")
+        refusal(run("models", "risnet*"), r"no model that can be explained matches 'risnet\*'")
+
+    def test_models_that_are_not_built_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("built"))
+        result = run("models", "timm:resnet1*")
+        assert (result.exit_code, result.stdout) == (0, "")
+        number = len(timm.list_models("resnet1*"))
+        said = rf"{number} other architectures of timm match 'timm:resnet1\*' \(timm:resnet10t, .*, …\).*Grad-CAM"
+        assert re.search(said, result.stderr)
 
     def test_version(self) -> None:
         assert run("--version").stdout == f"vitexplain {vitexplain.__version__}\n"
@@ -275,7 +317,7 @@ class TestOtherCommands:
         lines = result.stdout.splitlines()
         assert max(map(len, lines)) <= width
         assert "Traceback" not in result.output
-        if command and command != ["methods"]:
+        if command:
             examples = [line.strip() for line in lines if line.startswith(f" vitexplain {command[0]}")]
             assert examples, "--help shows an example"
             following = [lines[index + 1].strip() for index, line in enumerate(lines) if line.strip() in examples]
@@ -339,6 +381,13 @@ class TestProcesses:
         assert process.returncode == 1
         assert output == f"1 of 2 images explained. Results: {tmp_path}\n"
         assert re.fullmatch(r"error: 'broken\.png' .*\n", errors)
+
+    def test_a_reader_that_has_enough_is_no_error(self) -> None:
+        words = [sys.executable, "-m", "vitexplain", "methods"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 0
 
     def test_not_carried_out(self, folder: Path, tmp_path: Path) -> None:
         process = self.start(folder, "a.png", "--target", "-1", "--output", tmp_path)

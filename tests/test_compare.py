@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from families import make_images, make_model
 from PIL import Image
 from torch import nn
@@ -30,7 +31,7 @@ from vitexplain import (
 )
 from vitexplain.comparison.agreement import agreements, top_overlap
 from vitexplain.comparison.command import compare_command
-from vitexplain.data.scenes import SPLITS, make_scene
+from vitexplain.data.scenes import CLASS_NAMES, SPLITS, make_scene
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.evaluation import evaluate
 from vitexplain.models.loading import LoadedModel
@@ -448,11 +449,37 @@ class TestCommand:
             ({"output": Path("a.gif")}, "--output"),
             ({"model": ["scenes", "scenes"], "labels": Path("x")}, "one model"),
             ({"against": "mug"}, "--targets"),
+            ({"targets": "mug", "top": 2}, "found --top with --targets"),
         ],
     )
     def test_refuses(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(OptionError, match=message):
             compare_command(["a.png"], **options)
+
+    def test_refuses_a_class_against_itself(self, tmp_path: Path, pictures: list[Any]) -> None:
+        pictures[0].save(tmp_path / "a.png")
+        options = {"targets": "key, 4", "against": CLASS_NAMES[4], "output": tmp_path / "out.png"}
+        with pytest.raises(OptionError, match=r"--targets '4' and --against .*, which are one class"):
+            compare_command([str(tmp_path / "a.png")], "tokentm", **options)
+
+    def test_leaves_out_what_cannot_be_read(
+        self, tmp_path: Path, pictures: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pictures[0].save(tmp_path / "b.png")
+        for name in ("a.png", "c.png"):
+            (tmp_path / name).write_bytes(b"no picture")
+        output = tmp_path / "out.png"
+        for _ in range(2):  # the second time the picture that was written lies there too
+            with pytest.raises(typer.Exit) as ended:
+                compare_command([str(tmp_path)], "tokentm", output=output, view="patches")
+            assert ended.value.exit_code == 1
+            printed, said = capsys.readouterr()
+            assert "| b.png |" in printed
+            assert "1 of 3 images compared" in printed
+            assert [re.search(r"error: '.*(.)\.png'", line)[1] for line in said.splitlines()] == ["a", "c"]
+        (tmp_path / "b.png").unlink()
+        with pytest.raises(InputError, match="none of 2 images can be read"):
+            compare_command([str(tmp_path)], "tokentm", output=output)
 
 
 def test_plain_modules_are_told_apart_by_class(pictures: list[Any]) -> None:

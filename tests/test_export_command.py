@@ -53,6 +53,16 @@ def test_one_file_of_another_kind_is_refused_before_the_work(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("also", "said"), [("a.png/all.npz", "cannot use the folder"), ("all.npz", "found a folder")])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, also: str, said: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "all.npz").mkdir()
+    result = run(tmp_path / "a.png", "--output", tmp_path / "out", "--also", tmp_path / also)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_images_are_listed_and_counted_by_the_exit_code(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.jpg").write_bytes(b"")

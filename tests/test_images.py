@@ -236,6 +236,15 @@ class TestFindImages:
             find_images(["b.png", nothing])
         assert repr(nothing) in str(caught.value)
 
+    def test_results_are_left_out_unless_they_are_named(self, folder: Path) -> None:
+        everything = find_images(folder)
+        result = everything[0]
+        for searched in (folder, folder / "**" / "*"):
+            assert set(find_images(searched, leave_out=lambda file: file == result)) == {*everything[1:]}
+        assert find_images([result, folder], leave_out=lambda file: file == result) == everything
+        with pytest.raises(InputError, match="what is there are results in the output folder, which are left out"):
+            find_images(folder, leave_out=lambda _: True)
+
     def test_no_inputs(self) -> None:
         with pytest.raises(InputError, match="no images given"):
             find_images([])

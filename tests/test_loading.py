@@ -27,6 +27,7 @@ from vitexplain import (
     TargetError,
     UnknownNameError,
     UnsupportedModelError,
+    get_explainer,
 )
 from vitexplain.data import scenes
 from vitexplain.models import hub
@@ -259,18 +260,76 @@ class TestWeights:
         with pytest.raises(CheckpointError, match=r"not of this architecture: \d+ missing \(.*Name the architecture"):
             load_model("timm:vit_tiny_patch16_224", checkpoint=checkpoint)
 
-    def test_another_input_size_is_not_bent_to_fit(self, tmp_path: Path) -> None:
-        larger = timm.create_model("test_vit", num_classes=7, img_size=192)
-        save_file(larger.state_dict(), tmp_path / "x.safetensors")
-        shapes = r"pos_embed \(1, 145, 64\) instead of \(1, 101, 64\)\)\. They are for images of another size"
+    @pytest.mark.parametrize("architecture", ["test_vit", "vit_tiny_patch16_224"])
+    def test_the_position_embedding_tells_the_input_size(self, architecture: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        saved = timm.create_model(architecture, img_size=96, num_classes=10).eval()
+        save_file(saved.state_dict(), tmp_path / "x.safetensors")
+        loaded = load_model(f"timm:{architecture}", checkpoint=tmp_path / "x.safetensors")
+        assert (loaded.preprocessing.size, loaded.num_classes) == ((96, 96), 10)
+        images = torch.randn(2, 3, 96, 96)
+        torch.testing.assert_close(loaded.model(images), saved(images))
+
+    def test_an_input_size_that_is_not_square_has_to_be_given(self, tmp_path: Path) -> None:
+        saved = timm.create_model("vit_tiny_patch16_224", img_size=(64, 128), num_classes=7).eval()
+        save_file(saved.state_dict(), tmp_path / "x.safetensors")
+        shapes = (
+            r"pos_embed \(1, 33, 192\) instead of \(1, 197, 192\)\)\. They are for images of another size.*--size HxW"
+        )
         with pytest.raises(CheckpointError, match=shapes):
-            load_model(NAME, checkpoint=tmp_path / "x.safetensors")
+            load_model("timm:vit_tiny_patch16_224", checkpoint=tmp_path / "x.safetensors")
+        size = {"size": (64, 128)}
+        loaded = load_model("timm:vit_tiny_patch16_224", checkpoint=tmp_path / "x.safetensors", preprocessing=size)
+        images = torch.randn(2, 3, 64, 128)
+        torch.testing.assert_close(loaded.model(images), saved(images))
+
+    @pytest.mark.parametrize("size", [(96, 96), (64, 128), (224, 224)])
+    def test_a_plain_transformer_is_brought_to_the_size_that_is_asked_for(
+        self, size: tuple[int, int], tmp_path: Path
+    ) -> None:
+        """The weights are those that timm makes of a state dict for a model of that size."""
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        torch.manual_seed(0)
+        saved = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+        save_file(saved.state_dict(), tmp_path / "x.safetensors")
+        expected = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=size).eval()
+        expected.load_state_dict(checkpoint_filter_fn(saved.state_dict(), expected))
+        loaded = load_model(
+            "timm:vit_tiny_patch16_224", checkpoint=tmp_path / "x.safetensors", preprocessing={"size": size}
+        )
+        assert loaded.preprocessing.size == size
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(loaded.model(images), expected(images))
+        grid = (size[0] // 16, size[1] // 16)
+        assert get_explainer("tokentm", loaded)(images).scores.shape == (2, *grid)
+
+    def test_sizes_that_a_model_cannot_be_brought_to(self, tmp_path: Path) -> None:
+        saved = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+        save_file(saved.state_dict(), tmp_path / "x.safetensors")
+        with pytest.raises(OptionError, match="inputs of 96x90 pixels: expected multiples of the patch size 16×16"):
+            load_model(
+                "timm:vit_tiny_patch16_224", checkpoint=tmp_path / "x.safetensors", preprocessing={"size": (96, 90)}
+            )
 
     def test_no_classifier(self, tmp_path: Path) -> None:
         headless = timm.create_model("test_vit", num_classes=0)
         save_file(headless.state_dict(), tmp_path / "x.safetensors")
         with pytest.raises(CheckpointError, match=r"2 missing \(head\.bias, head\.weight\)\. They hold no classifier"):
             load_model(NAME, checkpoint=tmp_path / "x.safetensors")
+
+    @pytest.mark.parametrize("architecture", ["swin_tiny_patch4_window7_224", "resnet10t", "efficientnet_b0"])
+    def test_classifiers_of_other_names_tell_the_classes_too(self, architecture: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        saved = timm.create_model(architecture, num_classes=10).eval()
+        save_file(saved.state_dict(), tmp_path / "x.safetensors")
+        loaded = load_model(f"timm:{architecture}", checkpoint=tmp_path / "x.safetensors")
+        assert (loaded.num_classes, loaded.labels) == (10, None)
+        images = torch.randn(1, 3, *loaded.preprocessing.size)
+        torch.testing.assert_close(loaded.model(images), saved(images))
+        save_file(timm.create_model(architecture, num_classes=0).state_dict(), tmp_path / "x.safetensors")
+        with pytest.raises(CheckpointError, match=r"2 missing .*They hold no classifier"):
+            load_model(f"timm:{architecture}", checkpoint=tmp_path / "x.safetensors")
 
     def test_two_heads_of_a_distilled_model(self, tmp_path: Path) -> None:
         model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5).eval()

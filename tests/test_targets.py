@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,21 @@ import pytest
 import torch
 from families import make_images, make_model
 from lighter import get_explainer as quick_explainer
+from PIL import Image
 from torch import Tensor
 
-from vitexplain import Capture, CaptureError, Needs, TargetError, create_method, get_explainer, list_methods
+from vitexplain import (
+    Capture,
+    CaptureError,
+    Needs,
+    Subject,
+    TargetError,
+    UnknownNameError,
+    create_method,
+    get_explainer,
+    list_methods,
+)
+from vitexplain.data.scenes import make_scene
 from vitexplain.targets import ExplainedScore, ResolvedTarget, resolve_target, select_target
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, -2.0], [5.0, 0.5, 1.5, 2.5]])
@@ -73,6 +86,37 @@ def test_a_function_of_the_logits() -> None:
 def test_wrong_targets_are_named(target: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         resolve_target(target, LOGITS)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("named", "meant"),
+        [
+            ("mug", 4),
+            (["mug", "key"], [4, 2]),
+            (["4", 2], [4, 2]),
+            ([["mug", "key"], ["star", 0]], [[4, 2], [6, 0]]),
+            (("mug", "key"), (4, 2)),
+            ((["mug", "key"], ["star", "star"]), ([4, 2], [6, 6])),
+        ],
+    )
+    def test_of_classes_stand_for_indices(self, named: Any, meant: Any) -> None:
+        subject = Subject.of(make_model("cls"))
+        labels = [f"class {index}" for index in range(7)]
+        labels[4], labels[2], labels[6] = "mug, cup", "key", "star"
+        explainer = get_explainer("generic_attention", replace(subject, labels=labels))
+        images = make_images("cls", 2)
+        torch.testing.assert_close(explainer(images, named).scores, explainer(images, meant).scores)
+
+    def test_that_are_unknown_are_listed(self) -> None:
+        explainer = get_explainer("tokentm", "scenes")
+        with pytest.raises(UnknownNameError, match=r"no class called 'mugg' \(did you mean 'mug'"):
+            explainer(Image.fromarray(make_scene(0).image), target="mugg")
+
+    def test_without_labels_say_how_to_give_an_index(self) -> None:
+        explainer = get_explainer("generic_attention", make_model("cls"))
+        with pytest.raises(TargetError, match=r"found the class 'mug'.*not known: give the index.*labels="):
+            explainer(make_images("cls", 2), target=("mug", 1))
 
 
 @pytest.mark.parametrize("function", [lambda logits: logits, lambda logits: 1.0, lambda logits: logits.sum()])

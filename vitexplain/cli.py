@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -17,14 +18,14 @@ from typer.core import TyperGroup
 
 from .app.command import app_command
 from .bench.command import EXAMPLES, bench_command
+from .cli_output import SOME_FAILED, say, say_error
 from .cli_train import train_app
 from .comparison.command import EXAMPLES as COMPARE_EXAMPLES
 from .comparison.command import compare_command
-from .errors import ExplanationWarning, UnknownNameError, VitExplainError, is_out_of_memory
+from .errors import ExplanationWarning, OptionError, UnknownNameError, VitExplainError, is_out_of_memory
 from .export.command import EXAMPLES as EXPORT_EXAMPLES
 from .export.command import export_command
 
-EXIT_SOME_FAILED = 1
 EXIT_NOT_CARRIED_OUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -42,14 +43,18 @@ class _Commands(TyperGroup):
             with _spoken():
                 return super().invoke(ctx)
         except VitExplainError as error:
-            _say(f"error: {' '.join(str(error).splitlines())}")
+            say_error(error)
         except (MemoryError, RuntimeError) as error:  # torch has a class of its own on a GPU, and none on the CPU
             if not is_out_of_memory(error):
                 raise
-            _say(f"error: out of memory ({type(error).__name__}). Try a smaller --batch-size, --size or model")
+            say_error(f"out of memory ({type(error).__name__}). Try a smaller --batch-size, --size or model")
+        except BrokenPipeError:
+            if not _nobody_reads():
+                raise
+            raise typer.Exit from None
         except KeyboardInterrupt as interruption:
             known = " ".join(str(interruption).splitlines())
-            _say(f"interrupted; {known or 'results finished before this are complete'}")
+            say(f"interrupted; {known or 'results finished before this are complete'}")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         raise typer.Exit(EXIT_NOT_CARRIED_OUT)
 
@@ -139,7 +144,11 @@ def explain(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Input size, one number if square, instead of the model's own.")
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Input size, one number if square, instead of the model's own. Plain ViTs of timm are brought to it.",
+        ),
     ] = None,
     mean: Annotated[
         str | None, typer.Option(metavar="R,G,B", help="Mean in 0 to 1, instead of the model's own.")
@@ -152,17 +161,22 @@ def explain(
         float | None, typer.Option(metavar="SHARE", help="Part of the resized image that the crop keeps.")
     ] = None,
     crop_mode: Annotated[str | None, typer.Option(metavar="NAME", help="center, squash or border.")] = None,
+    preprocessing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any of these settings, such as size=96x96; may be repeated."),
+    ] = None,
 ) -> None:
     """Explains images: an overlay PNG and raw scores (.npy) for each map, one JSON record for each image.
 
-    A file that cannot be read is reported and left out; the others are still done.
+    A file that cannot be read is reported and left out; the others are still done. So are overlays of an earlier run
+    that lie in a folder searched for images.
 
     Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
     from .automatic import NAME as AUTOMATIC
     from .automatic import automatic
-    from .cli_values import configure_methods, read_numbers, read_size
-    from .explain_files import explain_to_folder
+    from .cli_values import configure_methods, read_numbers, read_preprocessing, read_size
+    from .explain_files import explain_to_folder, results_in
     from .images import find_images
     from .models.loading import load_model
 
@@ -174,10 +188,14 @@ def explain(
         "crop_fraction": crop_fraction,
         "crop_mode": crop_mode,
     }
-    preprocessing = {name: value for name, value in asked.items() if value is not None}
+    settings = read_preprocessing(preprocessing or [])
+    twice = sorted(settings.keys() & {name for name, value in asked.items() if value is not None})
+    if twice:
+        raise OptionError(f"found {twice[0]} in --preprocessing and in an option of its own, expected it once")
+    settings |= {name: value for name, value in asked.items() if value is not None}
     methods = configure_methods(method, option or []) if method and method != [AUTOMATIC] else None
-    files = find_images(images)
-    loaded = load_model(model, checkpoint=checkpoint, labels=labels, preprocessing=preprocessing, device=device)
+    files = find_images(images, leave_out=results_in(output))
+    loaded = load_model(model, checkpoint=checkpoint, labels=labels, preprocessing=settings, device=device)
     methods = methods or configure_methods([automatic(loaded.subject).info.name], option or [])
     targets = [loaded.class_index(each) for each in target or ()]
     done, failures = explain_to_folder(
@@ -188,19 +206,24 @@ def explain(
         output,
         batch_size=batch_size,
         box_threshold=boxes,
-        on_failure=lambda error: _say(f"error: {' '.join(str(error).splitlines())}"),
+        on_failure=say_error,
     )
     typer.echo(f"{done} of {len(files)} images explained. Results: {output.resolve()}")
     if failures:
-        raise typer.Exit(EXIT_SOME_FAILED)
+        raise typer.Exit(SOME_FAILED)
 
 
-@app.command()
-def methods() -> None:
+@app.command(epilog="[b]Example[/b]\n\nvitexplain methods 'grad*'")
+def methods(
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of names.")] = "*",
+) -> None:
     """Lists the methods: cost, whether the map depends on the class, options, paper."""
+    import fnmatch
+
     from .registry import list_methods, method_info
 
-    for name in list_methods():
+    names = fnmatch.filter(list_methods(), pattern)
+    for name in names or [method_info(pattern).name]:  # a name may be spelled in other ways
         info = method_info(name)
         kind = "class-specific" if info.class_specific else "the same for every class"
         heading = _wrapped(f"{name}   {info.title}; {kind}; {info.passes} (forward, backward)", 0, 4)
@@ -215,14 +238,25 @@ def methods() -> None:
 def models(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of architecture names.")] = "*",
 ) -> None:
-    """Lists the models that can be explained; each architecture is built (without weights) to find out."""
-    from .models.loading import list_models
+    """Lists the models that can be explained; each transformer of timm is built (without weights) to find out.
+
+    Other architectures, such as ResNets, are counted, and not built: most of them are explained by their last feature
+    map, with Grad-CAM and what else needs no attention.
+    """
+    from .models.loading import list_models, other_architectures
 
     found = False
     for name, note in list_models(pattern):
         typer.echo(f"{name}   {note}".rstrip())
         found = True
-    if not found:
+    others = other_architectures(pattern)
+    if others:
+        some = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        say(
+            f"{len(others)} other architectures of timm match {pattern!r} ({some}). They are not built here; most are "
+            "explained by their last feature map, with Grad-CAM and what else needs no attention: see docs/support.md"
+        )
+    elif not found:
         raise UnknownNameError(
             f"no model that can be explained matches {pattern!r}; `vitexplain models` lists them all"
         )
@@ -234,15 +268,19 @@ app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
 app.command("export", epilog=EXPORT_EXAMPLES)(export_command)
 
 
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)  # around a progress bar, not through it
+def _nobody_reads() -> bool:
+    """Whether what reads the output has enough, as ``head`` has; the rest then goes nowhere."""
+    try:
+        print(flush=True)  # only writing shows it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 class _SayHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _say(record.getMessage())
+        say(record.getMessage())
 
 
 @contextmanager
@@ -251,7 +289,7 @@ def _spoken() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, ExplanationWarning):
-            _say(f"warning: {' '.join(str(message).splitlines())}")
+            say(f"warning: {' '.join(str(message).splitlines())}")
         else:
             before(message, category, *place, **more)
 

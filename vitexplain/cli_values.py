@@ -58,26 +58,49 @@ def _value(text: str, option: OptionInfo) -> bool | int | float | str:
 
 
 def read_preprocessing(texts: Sequence[str]) -> dict[str, Any]:
-    """Settings of `vitexplain.preprocessing.Preprocessing` from ``NAME=VALUE``, the values as YAML reads them.
+    """Settings of `vitexplain.preprocessing.Preprocessing` from ``NAME=VALUE``.
+
+    A size is ``96``, ``96x128`` or ``96,128``, mean and deviation are ``0.5,0.5,0.5``; brackets around them are
+    allowed. What is no such setting stays text, and is refused where it is used.
 
     Raises:
-        OptionError: a text without ``=``, or a value that is no YAML.
+        OptionError: a text without ``=``, a setting that is given twice, or numbers that are none.
     """
-    from .bench.command import read_settings
+    settings: dict[str, Any] = {}
+    for each in texts:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise OptionError(f"--preprocessing: found {each!r}, expected NAME=VALUE")
+        if name in settings:
+            raise OptionError(f"--preprocessing: found {name} twice, expected one value")
+        settings[name] = _setting(name, value.strip())
+    return settings
 
-    settings = read_settings("--preprocessing", texts) if texts else {}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+def _setting(name: str, text: str) -> Any:
+    bare = text.strip("[]() ")
+    if name == "size":
+        return read_size(bare.replace(",", "x"), f"--preprocessing {name}")
+    if name in ("mean", "std"):
+        return read_numbers(f"--preprocessing {name}", bare, float, ",", 3)
+    if name == "crop_fraction":
+        return (read_numbers(f"--preprocessing {name}", bare, float, ",", 1) or (text,))[0]
+    return text
 
 
-def read_size(text: str | None) -> tuple[Any, ...] | None:
+def read_size(text: str | None, option: str = "--size") -> tuple[Any, ...] | None:
     """Height and width, from ``224x160`` or ``224``; None stays None.
+
+    Args:
+        text: the size.
+        option: what the error calls it.
 
     Raises:
         OptionError: something else.
     """
     if text is not None and text.strip().isdecimal():
         return (int(text), int(text))
-    return read_numbers("--size", text, int, "x", 2)
+    return read_numbers(option, text, int, "x", 2)
 
 
 def read_numbers(option: str, text: str | None, kind: type, separator: str, count: int) -> tuple[Any, ...] | None:
@@ -100,6 +123,7 @@ def read_numbers(option: str, text: str | None, kind: type, separator: str, coun
     except ValueError:
         numbers = ()
     if len(numbers) != count:
-        form = "a size such as 224 or 224x160" if kind is int else f"{count} numbers such as 0.5,0.4,0.4"
+        form = f"{count} numbers such as 0.5,0.4,0.4" if count > 1 else "a number such as 0.9"
+        form = "a size such as 224 or 224x160" if kind is int else form
         raise OptionError(f"{option}: found {text!r}, expected {form}")
     return numbers

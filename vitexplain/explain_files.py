@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import warnings
@@ -88,6 +89,16 @@ def explain_to_folder(
                 writer.write(position, file, [each[index] for each in explanations])
                 progress.update()
     return len(files) - len(failures), failures
+
+
+def results_in(output: Path) -> Callable[[Path], bool]:
+    """Which files are overlays that an earlier run wrote into this folder: those with their scores beside them."""
+    folder = os.path.realpath(output)
+
+    def is_result(file: Path) -> bool:
+        return file.with_suffix(".npy").exists() and os.path.realpath(file.parent) == folder
+
+    return is_result
 
 
 def _explain(

@@ -18,7 +18,7 @@ from .method import Method
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .shared_capture import Attributed, attribute_together
-from .targets import Target, check_length, select_target
+from .targets import Target, check_length, named_classes, select_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,7 +106,8 @@ class Explainer:
             images: (B, 3, H, W) normalised tensor, or one image (3, H, W); or a file, a PIL image, or a list of
                 these, where the model's preprocessing is known.
             target: what is explained: None (predicted class), an int, B indices, B×K indices (K maps from one
-                forward), a pair ``(a, b)`` for class a against b, or a function of the logits (B, C) → (B,).
+                forward), a pair ``(a, b)`` for class a against b, or a function of the logits (B, C) → (B,). Names
+                of classes will do for indices where the subject has labels.
             batch_size: images at a time; by default as many as pay: all on an accelerator, on the CPU about a
                 mebipixel of them. Halved where memory does not suffice.
 
@@ -194,6 +195,7 @@ def explain_with(
         subject.adapter.check_needs(method.needs)
     if isinstance(target, Sequence) and not isinstance(target, list | tuple | str):
         target = cast("Target", list(target))
+    target = named_classes(target, subject.labels)
     inputs = subject.prepare(images)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"found batch_size={batch_size}, expected a whole number >= 1 or None")

@@ -11,7 +11,8 @@ import glob
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -103,7 +104,11 @@ def load_image(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> I
             ) from error
 
 
-def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+def find_images(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    leave_out: Callable[[Path], bool] | None = None,
+) -> list[Path]:
     """Lists the picture files that a user means by files, folders and glob patterns.
 
     Files that are named stay whatever their suffix; folders are searched recursively for `IMAGE_SUFFIXES`, in sorted
@@ -111,6 +116,8 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
     Args:
         inputs: one or several files, folders or patterns (``*``, ``?``, ``[...]``, ``**``).
+        leave_out: which of the files found in folders and by patterns are results, not images; None for none of them.
+            Files that are named stay.
 
     Returns:
         The files in the order of the inputs, each once.
@@ -125,9 +132,13 @@ def find_images(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     found: dict[str, Path] = {}
     for entry in inputs:
         text = os.path.expanduser(os.fsdecode(entry))
-        matches = list(_expand(text))
+        everything = list(_expand(text))
+        named = leave_out is None or os.path.isfile(text)
+        matches = everything if named else list(filterfalse(leave_out, everything))
         if not matches:
-            if os.path.isdir(text):
+            if everything:
+                reason = "what is there are results in the output folder, which are left out"
+            elif os.path.isdir(text):
                 reason = "the folder holds none"
             else:
                 reason = "nothing matches the pattern" if glob.has_magic(text) else "no such file or folder"

@@ -16,10 +16,12 @@ ScoreFunction: TypeAlias = Callable[[Tensor], Tensor]
 """Maps logits (B, C) to one score an image (B,)."""
 
 Target: TypeAlias = (
-    "int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor | ScoreFunction | tuple[object, object] | None"
+    "int | str | Sequence[int | str] | Sequence[Sequence[int | str]] | np.ndarray | Tensor | ScoreFunction | "
+    "tuple[object, object] | None"
 )
 """What a user may pass: None (arg-max class); an int; a list or (B,) tensor, one class an image; a (B, K) tensor
-or nested list, K classes an image; a callable; a pair ``(a, b)``, class a against class b (each an int or (B,))."""
+or nested list, K classes an image; a callable; a pair ``(a, b)``, class a against class b (each an int or (B,)).
+Wherever there is an int, a class's name will do, if the model's labels are known."""
 
 FORMS = (
     "None (the predicted class), a class index, B indices (one an image), B×K indices, a pair (a, b) for a against b, "
@@ -153,6 +155,23 @@ def resolve_target(target: Target, logits: Tensor) -> ResolvedTarget:
         return ResolvedTarget(ours, theirs, None, single)
     classes, single = _classes(target, logits)
     return ResolvedTarget(classes, None, None, single)
+
+
+def named_classes(target: Target, labels: Sequence[str] | None) -> Target:
+    """The target with indices in place of the names of classes, at any depth.
+
+    Raises:
+        TargetError: a name where no labels are known.
+        UnknownNameError: no class, or several, have this name.
+    """
+    from .models.labels import class_index
+
+    if isinstance(target, str):
+        return class_index(target, labels)
+    if isinstance(target, list | tuple):
+        found: list[Any] = [named_classes(each, labels) for each in target]
+        return tuple(found) if isinstance(target, tuple) else found
+    return target
 
 
 def check_length(target: Target, batch: int) -> None:

@@ -139,6 +139,30 @@ def test_a_path_instead_of_an_upload_is_refused(address: str) -> None:
     assert '"success":false' in text.replace(" ", "")
     assert "root" not in text
     assert "expired" not in text, "the function was not called"
+    assert "no file that was uploaded to this app" in text
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (None, "no picture was sent: choose one"),
+        ("text", "no file that was uploaded to this app, or not of the form"),
+    ],
+)
+def test_what_is_no_upload_is_answered_by_a_message(address: str, sent: Any, said: str) -> None:
+    from gradio_client.exceptions import AppError
+
+    client = visitor(address)
+    with pytest.raises(AppError, match=said):
+        client.predict(sent, api_name="/upload")
+    client.close()
+
+
+def test_a_class_is_explained_that_is_named(address: str) -> None:
+    client = visitor(address)
+    maps, _, _ = client.predict(methods=["rollout"], classes=[], named="star", api_name="/explain")
+    assert "star" in maps
+    client.close()
 
 
 @pytest.mark.parametrize("route", ["queue/join", "run/upload", "api/upload", "call/upload", "call/v2/upload"])

@@ -29,9 +29,12 @@ def app_command(
     Nothing leaves this machine, except that a model of timm is fetched from the hub when it is chosen and not cached.
     """
     limits = Limits(image_bytes=round(megabytes * 1e6), image_pixels=round(megapixels * 1e6))
-    with serve(host=host, port=port, device=device, limits=limits) as address:
-        typer.echo(f"Listening at {address} (Ctrl-C stops)")
-        if browser:
-            webbrowser.open(address)
-        while True:
-            time.sleep(3600)
+    try:
+        with serve(host=host, port=port, device=device, limits=limits) as address:
+            typer.echo(f"Listening at {address} (Ctrl-C stops)")
+            if browser:
+                webbrowser.open(address)
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the app has stopped, and its files are removed") from None

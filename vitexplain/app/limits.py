@@ -33,19 +33,23 @@ def read_upload(path: str | os.PathLike[str], limits: Limits) -> bytes:
     """The content of an uploaded picture, once it is known to be one.
 
     Raises:
-        InputError: it is too large, or no picture that can be read. The message names no path.
+        InputError: it is too large, or no picture that can be read. The message names the file, and no path.
     """
+    name = Path(path).name
     try:
         size = os.stat(path).st_size
         if size > limits.image_bytes:
             raise InputError(
-                f"the file has {size / _MEGA:.1f} MB, expected at most {limits.image_bytes / _MEGA:g} MB: scale the "
+                f"{name} has {size / _MEGA:.1f} MB, expected at most {limits.image_bytes / _MEGA:g} MB: scale the "
                 "picture down first"
             )
         content = Path(path).read_bytes()
     except OSError as error:
-        raise InputError("the upload is no longer there: choose the picture again") from error
-    open_upload(content, limits)
+        raise InputError(f"{name} is no longer there: choose the picture again") from error
+    try:
+        open_upload(content, limits)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     return content
 
 

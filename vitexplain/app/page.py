@@ -48,6 +48,20 @@ def told() -> Iterator[None]:
             gr.Warning(html.escape(str(each.message)))
 
 
+class _Blocks(gr.Blocks):  # type: ignore[misc]  # Gradio is not typed here
+    """What a program sends in place of an upload is refused by a message; Gradio would log it and say nothing."""
+
+    async def preprocess_data(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return await super().preprocess_data(*arguments, **named)
+        except ValueError as error:  # Gradio's, of paths that nobody uploaded, and pydantic's are such
+            raise gr.Error(
+                "what was sent is no file that was uploaded to this app, or not of the form that the page sends: "
+                "reload the page, and choose the file again",
+                print_exception=False,
+            ) from error
+
+
 class Page:
     """The page and its events.
 
@@ -64,7 +78,7 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """Lays the page out and ties its events."""
-        blocks = gr.Blocks(title="vitexplain", analytics_enabled=False, delete_cache=(60, 900))
+        blocks = _Blocks(title="vitexplain", analytics_enabled=False, delete_cache=(60, 900))
         with blocks:
             self.session = gr.State(None, time_to_live=3600)
             gr.Markdown("# Why this class?\nMethods side by side, on one picture and one model.")
@@ -94,6 +108,7 @@ class Page:
         with gr.Accordion("Weights of your own", open=False):
             self.checkpoint = gr.File(label="Checkpoint for the model named above", file_types=_WEIGHTS, height=150)
         self.classes = gr.CheckboxGroup([], label="Classes to explain")
+        self.named = gr.Textbox("", label="Another class", placeholder="its name, or its index", max_lines=1)
         self.methods = gr.Dropdown(
             [(method_info(name).title, name) for name in offered_methods()],
             value=list(METHODS[:3]),
@@ -138,10 +153,12 @@ class Page:
                 api_visibility="private",
                 **on_model,
             )
+            event(lambda: "", None, self.named, api_visibility="private")  # the other model may have no such class
         self.methods.change(self._show_options, self.methods, list(self.groups.values()), api_visibility="private")
-        self.explain.click(
+        gr.on(
+            [self.explain.click, self.named.submit],
             self._explain,
-            [self.session, self.methods, self.classes, *style, *(component for _, component in self.controls)],
+            [self.session, self.methods, self.classes, *style, self.named, *(each for _, each in self.controls)],
             [self.session, self.maps, self.figures, self.files],
             api_name="explain",
             **on_model,
@@ -157,8 +174,10 @@ class Page:
             first = session or Session(self.shelf.model(SUGGESTIONS[0]), self.limits)
         return self._with_picture(first, *self.examples[0])
 
-    def _take_upload(self, session: Session | None, file: str, request: gr.Request) -> tuple[Session, str, Any]:
+    def _take_upload(self, session: Session | None, file: str | None, request: gr.Request) -> tuple[Session, str, Any]:
         with told():
+            if not file:
+                raise InputError("no picture was sent: choose one")
             self.uploads.note(str(request.session_hash), file)
             content = read_upload(file, self.limits)
         return self._with_picture(session, content, Path(file).name)
@@ -186,11 +205,13 @@ class Page:
         view: str,
         smooth: bool,
         shared: bool,
+        named: str,
         *options: Any,
     ) -> tuple[Session, str, str, Any]:
         with told():
-            made = _known(session).compared(
-                configured(methods, [control for control, _ in self.controls], options), classes
+            known = _known(session)
+            made = known.compared(
+                configured(methods, [control for control, _ in self.controls], options), known.chosen(classes, named)
             )
             return made, maps_html(made.made(), view, smooth, shared), "", gr.update(value=None, visible=False)
 

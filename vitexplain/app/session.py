@@ -81,6 +81,15 @@ class Session:
             for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
+    def chosen(self, listed: Sequence[int], named: str) -> list[int]:
+        """The classes that are chosen from a list, and the one that is named beside it, if any.
+
+        Raises:
+            TargetError: the model has no class of this index.
+            UnknownNameError: no class, or several, have this name.
+        """
+        return list(dict.fromkeys([*listed, *([self.model.class_index(named)] if named.strip() else [])]))
+
     def compared(self, methods: Sequence[Method], targets: Sequence[int]) -> Session:
         """The same with a comparison of these methods for these classes.
 
@@ -90,7 +99,7 @@ class Session:
         if not methods:
             raise OptionError("no methods are chosen: choose at least one")
         if not targets:
-            raise OptionError("no class is chosen: choose at least one")
+            raise OptionError("no class is chosen: choose at least one, or name one")
         picture: Any = self.picture
         picture.filename = self.name
         return replace(self, comparison=compare(self.model, [picture], methods, list(targets)))

@@ -76,11 +76,12 @@ def bench_command(
     if list_them:
         typer.echo(describe_metrics())
         return
+    from ..cli_values import read_preprocessing
     from .run import run_bench
 
     chosen_model = _mapping(name=model, checkpoint=checkpoint, labels=labels)
     if preprocessing:
-        chosen_model["preprocessing"] = read_settings("--preprocessing", preprocessing)
+        chosen_model["preprocessing"] = read_preprocessing(preprocessing)
     chosen_data = _mapping(select=select, limit=limit)
     if data_option:
         chosen_data["options"] = read_settings("--data-option", data_option)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..cli_output import SOME_FAILED, say_error
+from ..errors import InputError, OptionError
 from .run import METHODS
+
+if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
 
 EXAMPLES = (
     "[b]Examples[/b]\n\n"
@@ -35,7 +40,9 @@ def compare_command(
         str | None,
         typer.Option(metavar="X", help="A class that each of --targets is explained against, by index or name."),
     ] = None,
-    top: Annotated[int, typer.Option(metavar="N", help="How many of the most probable classes.")] = 1,
+    top: Annotated[
+        int | None, typer.Option(metavar="N", help="How many of the most probable classes.  \\[default: 1]")
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,12 +74,18 @@ def compare_command(
 
     The report is one HTML file that needs nothing else: opacity and methods to switch, patch values under the pointer,
     what each patch attends to, curves of deletion and insertion, agreement and cost.
+
+    A file that cannot be read is reported and left out.
+
+    Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
     if output.suffix not in _SUFFIXES:
         raise OptionError(f"--output: found {str(output)!r}, expected a file ending in {', '.join(_SUFFIXES)}")
     names = model or ["scenes"]
     if against is not None and targets is None:
         raise OptionError("found --against without --targets, expected the classes that are explained against it")
+    if top is not None and targets is not None:
+        raise OptionError("found --top with --targets, expected one of them: --top is for the most probable classes")
     if len(names) > 1 and (checkpoint or labels):
         raise OptionError(f"found --checkpoint or --labels with {len(names)} models, expected one model")
     from ..cli_values import configure_methods, read_preprocessing
@@ -81,17 +94,60 @@ def compare_command(
     from .run import compare
 
     chosen = configure_methods(_listed(methods), option or [])
-    files = find_images(images)
+    files = find_images(images, leave_out=lambda file: file.resolve() == output.resolve())
     common: dict[str, Any] = {"preprocessing": read_preprocessing(preprocessing or []), "device": device}
     models = [load_model(name, checkpoint=checkpoint, labels=labels, **common) for name in names]
     classes: Any = None if targets is None else _listed(targets)
     if against is not None:
+        _check_contrast(classes, against, models)
         classes = (classes, [against] * len(classes))
-    comparison = compare(models, files, chosen, classes, top=top, batch_size=batch_size)
+    pictures = _readable(files)
+    comparison = compare(models, pictures, chosen, classes, top=1 if top is None else top, batch_size=batch_size)
     style: dict[str, Any] = {"faithfulness": faithfulness} if output.suffix == ".html" else {"view": view}
     comparison.save(output, share_scale=share_scale, **style)
     typer.echo(repr(comparison.table(faithfulness=faithfulness and output.suffix == ".html", cost=False)))
     typer.echo(f"Written: {output.resolve()}")
+    if len(pictures) < len(files):
+        typer.echo(f"{len(pictures)} of {len(files)} images compared")
+        raise typer.Exit(SOME_FAILED)
+
+
+def _check_contrast(classes: Sequence[str], against: str, models: Sequence[LoadedModel]) -> None:
+    """Makes sure that no class is to be explained against itself.
+
+    Raises:
+        OptionError: one is.
+        VitExplainError: as `LoadedModel.class_index`.
+    """
+    for model in models:
+        same = [each for each in classes if model.class_index(each) == model.class_index(against)]
+        if same:
+            raise OptionError(
+                f"found --targets {same[0]!r} and --against {against!r}, which are one class, expected another to "
+                "explain it against"
+            )
+
+
+def _readable(files: Sequence[Path]) -> list[Any]:
+    """The pictures of files, named by them; of each file that is none it is said why.
+
+    Raises:
+        InputError: there are no others.
+    """
+    from ..images import load_image
+
+    pictures: list[Any] = []
+    for file in files:
+        try:
+            picture: Any = load_image(file)
+        except InputError as error:
+            say_error(error)
+            continue
+        picture.filename = str(file)  # by which it is called in the report
+        pictures.append(picture)
+    if not pictures:
+        raise InputError(f"none of {len(files)} images can be read, expected at least one that can")
+    return pictures
 
 
 def _listed(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from ..files import as_text
 from ..method import Method
 from ..models.adapter import ModelAdapter
 from ..models.graphs import opened
+from ..models.labels import class_index
 from ..registry import create_method
 from ..targets import ScoreFunction, Target
 from .comparison import Comparison
@@ -67,7 +68,7 @@ def compare(
 
     Raises:
         UnknownNameError: no such model, method or class.
-        TargetError: the classes do not fit the images or the model.
+        TargetError: the classes do not fit the images or the model, or are named and its labels are not known.
         OptionError: no model, no methods, two of one label, or `top` below 1.
         InputError: an image cannot be read, or does not fit the model.
         UnsupportedModelError: no method works on a model; where only some do not, or do not explain contrasts or
@@ -168,7 +169,7 @@ def _classes(given: Any, subject: Subject, inputs: Tensor) -> Tensor:
     listed: Sequence[Any] = [given] if isinstance(given, int | str) else given
     nested = bool(listed) and all(isinstance(row, list | tuple) for row in listed)
     rows = listed if nested else [listed] * len(inputs)
-    return _rows([[_class_index(each, subject) for each in row] for row in rows], len(inputs))
+    return _rows([[class_index(each, subject.labels) for each in row] for row in rows], len(inputs))
 
 
 def _rows(rows: Sequence[Sequence[Any]], images: int) -> Tensor:
@@ -179,17 +180,6 @@ def _rows(rows: Sequence[Sequence[Any]], images: int) -> Tensor:
             "least 1"
         )
     return torch.tensor(rows)
-
-
-def _class_index(given: Any, subject: Subject) -> int:
-    from ..models.labels import find_class
-
-    if isinstance(given, str) and not given.strip().lstrip("+-").isdigit():
-        return find_class(given, subject.labels, len(subject.labels or ()))
-    try:
-        return int(given) if isinstance(given, str) else given.__index__()
-    except AttributeError:
-        raise TargetError(f"found the class {given!r}, expected an index or a name") from None
 
 
 def _most_probable(subject: Subject, inputs: Tensor, top: int) -> Tensor:

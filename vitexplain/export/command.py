@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..cli_output import SOME_FAILED, say_error
+
 EXAMPLES = (
     "[b]Examples[/b]\n\n"
     "vitexplain export photos/ --methods rollout,tokentm --output maps\n\n"
@@ -15,7 +17,6 @@ EXAMPLES = (
     "vitexplain export 'shards/*.tar' --dtype float16 --output maps --also maps.h5\n\n"
     "vitexplain export photos/ --engine ray --ray-workers 4 --output maps"
 )
-_SOME_IMAGES_FAILED = 1
 
 
 def export_command(
@@ -89,11 +90,11 @@ def export_command(
     from ..cli_values import configure_methods, read_preprocessing
     from ..models.loading import load_model
     from .run import export_heatmaps
-    from .single_file import check_kind
+    from .single_file import check_place
     from .tables import TableColumns
 
     if also is not None:
-        check_kind(also)
+        check_place(also)
     loaded = load_model(
         model,
         checkpoint=checkpoint,
@@ -108,7 +109,7 @@ def export_command(
         methods=configure_methods([each.strip() for each in methods.split(",") if each.strip()], option or []),
         targets=target or [],
         columns=TableColumns(path_column, target_column, _absolute(root)),
-        on_failure=lambda path, reason: _say(f"error: {' '.join(reason.splitlines())}"),
+        on_failure=lambda path, reason: say_error(reason),
         dtype=dtype,
         view=view,
         view_format=view_format,
@@ -128,16 +129,10 @@ def export_command(
     typer.echo(f"{len(result) - failed} of {len(result)} images explained. Results: {output.resolve()}")
     if failed:
         typer.echo(f"{failed} failed: see the column 'error' of the table in {output / 'rows'}")
-        raise typer.Exit(_SOME_IMAGES_FAILED)
+        raise typer.Exit(SOME_FAILED)
 
 
 def _absolute(root: str | None) -> str | None:
     from .storage import is_url
 
     return root if root is None or is_url(root) else os.path.abspath(root)
-
-
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, file=typer.get_text_stream("stderr"))

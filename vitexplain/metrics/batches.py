@@ -109,7 +109,7 @@ def metric_batches(
         methods: configured methods.
         subject: the model.
         images: pictures, or normalised input (n, 3, H, W).
-        target: the class explained: None for the predicted one, a class, or n classes.
+        target: the class explained: None for the predicted one, a class, or n classes; indices or names.
         labels: n classes that the images show by annotation.
         masks: (n, H, W) in pixels of the model's input: 1 object, 0 background, -1 left out.
         boxes: n arrays (m, 4) of x0, y0, x1, y1 in pixels of the model's input, edges exclusive.

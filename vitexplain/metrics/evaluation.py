@@ -154,7 +154,7 @@ def evaluate(
         images: pictures, or normalised input (n, 3, H, W).
         metrics: one or several, configured or by name.
         model: what methods given by name explain.
-        target: the class explained: None for the predicted one, a class, or n classes.
+        target: the class explained: None for the predicted one, a class, or n classes; indices or names.
         labels: n classes that the images show by annotation.
         masks: (n, H, W) in pixels of the model's input: 1 object, 0 background, -1 left out.
         boxes: n arrays (m, 4) of x0, y0, x1, y1 in pixels of the model's input, edges exclusive.

@@ -90,7 +90,7 @@ def randomisation_check(
         method: a configured method, or its name.
         model: a supported model, or its name; an adapter of the user's own must allow to be deep-copied.
         images: normalised input (n, 3, H, W), or pictures where the preprocessing is known.
-        targets: None for the predicted class, a class, or n classes.
+        targets: None for the predicted class, a class, or n classes; indices or names.
         order: ``"cascading"``: a stage is random together with all above it; ``"independent"``: alone.
         batch_size: images at a time; as many as pay by default.
         seed: number that other weights belong to; those of a stage are the same in both orders.
@@ -120,7 +120,7 @@ def randomisation_checks(
         methods: configured methods, or names.
         model: as for `randomisation_check`, like all that is not named here.
         images: normalised input (n, 3, H, W), or pictures where the preprocessing is known.
-        targets: None for the predicted class, a class, or n classes.
+        targets: None for the predicted class, a class, or n classes; indices or names.
         order: ``"cascading"`` or ``"independent"``.
         stages: those that maps are made at; None for all. Weights become random stage by stage in any case.
         batch_size: images at a time; as many as pay by default.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from .weights import load_strictly, read_state
+from .weights import check_there, load_strictly, read_state
 
 SCENES_ARCHITECTURE: Mapping[str, Any] = {
     "img_size": 96,
@@ -31,6 +31,10 @@ SCENES_ARCHITECTURE: Mapping[str, Any] = {
 }
 """Arguments of timm's `VisionTransformer` for the shipped model; `embed_layer` by name."""
 
+_OF_TIMM = (
+    "For weights of a timm model add --model timm:ARCHITECTURE (in Python: load_model('timm:ARCHITECTURE', "
+    "checkpoint=…))"
+)
 _WEIGHTS = "scenes_vit.safetensors"
 _PATCH_MASKS = "scenes_pm.safetensors"
 
@@ -106,7 +110,9 @@ def read_checkpoint_card(weights: Path) -> dict[str, Any]:
     path = weights.with_suffix(".json")
     card = read_card(path)
     if not isinstance(card, dict) or not isinstance(card.get("architecture"), dict):
-        raise CheckpointError(f"{path} has no 'architecture' entry. Train again with `vitexplain train classifier`.")
+        raise CheckpointError(
+            f"{path} has no 'architecture' entry, expected what `vitexplain train classifier` writes. {_OF_TIMM}"
+        )
     return card
 
 
@@ -146,6 +152,13 @@ def load_checkpoint(weights: str | Path) -> nn.Module:
         CheckpointError: a file is missing or broken, or the weights do not fit the architecture.
     """
     weights = Path(weights)
+    check_there(weights)
+    description = weights.with_suffix(".json")
+    if not description.is_file():
+        raise CheckpointError(
+            f"{str(weights)!r} has no description {description.name!r} beside it, which `vitexplain train classifier` "
+            f"writes with the weights: keep both files together. {_OF_TIMM}"
+        )
     card = read_checkpoint_card(weights)
     state = read_state(weights)
     model = build_model(card["architecture"])

@@ -96,6 +96,28 @@ def find_class(label: str, labels: Sequence[str] | None, num_classes: int) -> in
     raise UnknownNameError(f"no class called {label!r}{hint}. Known: {len(labels)} labels, or an index")
 
 
+def class_index(given: Any, labels: Sequence[str] | None) -> int:
+    """The class that is meant by a name, as `find_class` reads it, or by an index, whose range is not checked here.
+
+    Raises:
+        TargetError: it is neither, or a name where no labels are known.
+        UnknownNameError: no class, or several, have this name.
+    """
+    if not isinstance(given, str):
+        try:
+            return int(given.__index__())
+        except AttributeError:
+            raise TargetError(f"found the class {given!r}, expected an index or a name") from None
+    if given.strip().lstrip("+-").isdecimal():
+        return int(given)
+    if not labels:
+        raise TargetError(
+            f"found the class {given!r}, but the names of this model's classes are not known: give the index, such as "
+            "281, or labels (load_model(…, labels=…), or Subject(adapt(model), preprocessing, labels))"
+        )
+    return find_class(given, labels, len(labels))
+
+
 def _in_order(content: Any) -> list[Any]:
     if isinstance(content, dict):
         by_index = {int(key): value for key, value in content.items()}

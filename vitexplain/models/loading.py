@@ -27,6 +27,7 @@ from . import adapt
 from .fingerprint import weights_digest
 from .hub import fetch_pretrained
 from .labels import find_class, imagenet_labels, read_labels
+from .saved_form import saved_form, set_input_size
 from .weights import first_line, load_strictly, read_state
 
 EMBEDDED = "scenes"
@@ -116,12 +117,14 @@ def load_model(
         name: ``"scenes"``, the embedded model; ``"scenes-pm"``, the same trained on a few masks for the method `pm`; or
             ``"timm:ARCHITECTURE"``, with weights from the hub, or from `checkpoint` with no network.
         checkpoint: `.safetensors`, or a `.pt`/`.pth`/`.bin` state dict (read with ``weights_only=True``). Its
-            classifier says how many classes there are. For the embedded models, what ``vitexplain train`` wrote.
+            classifier says how many classes there are, and its position embedding the input size where that is square
+            or given as `preprocessing`. For the embedded models, what ``vitexplain train`` wrote.
         labels: class names in order, or a file of them: JSON list, JSON object by index, or one name a line. By
             default those in the card of an embedded model's `checkpoint`, or ImageNet's, where the number of classes is
             that of one of its sets.
         preprocessing: fields of `Preprocessing` to override, e.g. ``{"mean": (0.5, 0.5, 0.5)}``. By default what the
-            model was trained with, as the card that ``vitexplain train`` wrote beside `checkpoint` says, or timm.
+            model was trained with, as the card that ``vitexplain train`` wrote beside `checkpoint` says, or timm. Plain
+            transformers of timm are brought to another ``size``: their position embedding is resampled.
         device: where to put the model; the CPU by default.
 
     Raises:
@@ -136,20 +139,22 @@ def load_model(
     if name in (EMBEDDED, EMBEDDED_FOR_PM):
         model, weights, names, prepare = _embedded_model(name, checkpoint)
     elif name.startswith(_PREFIX):
-        model, weights = _timm_model(name, checkpoint)
+        model, weights = _timm_model(name, checkpoint, _size_in(preprocessing or {}))
         names, prepare = imagenet_labels(model), _trained_with(checkpoint) or Preprocessing.from_timm(model)
     else:
         raise UnknownNameError(
             f"no model called {name!r}. Known: {EMBEDDED} and {EMBEDDED_FOR_PM} (embedded), {_PREFIX}ARCHITECTURE "
             f"(for instance {_PREFIX}vit_tiny_patch16_224; `vitexplain models` lists them)"
         )
-    adapter = adapt(model.eval().to(place))
     prepare = prepare.replace(**(preprocessing or {}))
     try:
+        set_input_size(model, prepare.size)
+        adapter = adapt(model.eval().to(place))
         adapter.grid(prepare.size)
     except InputError as error:
         raise OptionError(
-            f"{name} cannot take inputs of {prepare.size[0]}x{prepare.size[1]} pixels: {error}"
+            f"{name} cannot take inputs of {prepare.size[0]}x{prepare.size[1]} pixels: {error}. Leave the size out "
+            "for the model's own, or choose another"
         ) from error
     num_classes = _count_classes(name, model)
     found = names if given is None else given
@@ -161,7 +166,9 @@ def load_model(
 
 
 def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
-    """Models that can be explained: the embedded one, and timm's architectures, each built (without weights) to see.
+    """Models that can be explained: the embedded ones, and timm's transformers, each built (without weights) to see.
+
+    Others of timm's architectures are not among them; see `other_architectures`.
 
     Args:
         pattern: shell pattern of names, with or without ``timm:``.
@@ -187,6 +194,22 @@ def list_models(pattern: str = "*") -> Iterator[tuple[str, str]]:
         except UnsupportedModelError as error:
             notes.append(str(error).split(";")[0])
         yield f"{_PREFIX}{name}", "; ".join(notes)
+
+
+def other_architectures(pattern: str) -> list[str]:
+    """Names of timm's architectures that match, beyond those `list_models` looks through; none of them is built.
+
+    They are ConvNets, pyramids and others. `load_model` takes those that have a feature map that all of the score goes
+    through, for Grad-CAM and what else needs no attention.
+
+    Args:
+        pattern: shell pattern of names, with or without ``timm:``.
+    """
+    import timm
+
+    looked_through = set(_architectures())
+    names = fnmatch.filter(timm.list_models(), pattern.removeprefix(_PREFIX))
+    return [f"{_PREFIX}{name}" for name in names if name not in looked_through]
 
 
 def _embedded_model(
@@ -232,7 +255,10 @@ def _card_preprocessing(fields: Mapping[str, Any], checkpoint: str | os.PathLike
         ) from error
 
 
-def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[nn.Module, str]:
+def _timm_model(
+    name: str, checkpoint: str | os.PathLike[str] | None, asked: tuple[int, int] | None
+) -> tuple[nn.Module, str]:
+    """A model of timm, and where its weights came from; `asked` is the input size that the user names."""
     import timm
 
     architecture = name.removeprefix(_PREFIX)
@@ -248,31 +274,42 @@ def _timm_model(name: str, checkpoint: str | os.PathLike[str] | None) -> tuple[n
         plain, _, tag = architecture.partition(".")
         tags = [each.partition(".")[2] for each in timm.list_models(f"{plain}.*", pretrained=True)]
         raise UnknownNameError.listing(f"pretrained tag of {plain}", tag, tags) from error
-    _check_architecture(architecture)
+    plain_model = _check_architecture(architecture)
     if checkpoint is None:
         return fetch_pretrained(architecture)
     state = read_state(checkpoint)
-    head = state.get("head.weight")
-    options = {} if head is None or head.ndim != 2 else {"num_classes": len(head)}
-    model = timm.create_model(architecture, **options)
+    model = timm.create_model(architecture, **saved_form(state, plain_model, asked))
     load_strictly(model, state, str(checkpoint))
     return model, str(checkpoint)
 
 
-def _check_architecture(architecture: str) -> None:
-    """Refuses an architecture that no adapter fits, before anything is fetched.
+def _size_in(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The input size among settings that are not checked yet."""
+    size = preprocessing.get("size")
+    if isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    return None
+
+
+def _check_architecture(architecture: str) -> nn.Module:
+    """The architecture, for looking at. One that no adapter fits is refused, before anything is fetched.
 
     What has no adapter of its own is recognised by watching it run, which takes weights; random ones will do.
+
+    Raises:
+        UnsupportedModelError: no adapter fits.
     """
     import timm
 
+    model = _without_weights(architecture)
     try:
-        adapt(_without_weights(architecture))
+        adapt(model)
     except UnsupportedModelError:
         try:
             adapt(timm.create_model(architecture))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{_PREFIX}{architecture} is not supported: {error}") from error
+    return model
 
 
 def _without_weights(architecture: str) -> nn.Module:

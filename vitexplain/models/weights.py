@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .saved_form import classifiers_of
 
 _WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
@@ -29,10 +30,19 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: the file is missing, unreadable, or holds no state dict.
     """
     path = Path(path)
+    check_there(path)
+    return _without_prefix(_unwrapped(_read(path), path))
+
+
+def check_there(path: Path) -> None:
+    """Makes sure that there is a file of weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(f"no checkpoint at {str(path)!r} ({found}); {_EXPECTED}")
-    return _without_prefix(_unwrapped(_read(path), path))
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -60,7 +70,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
             for kind, keys in wrong
             if keys
         )
-        raise CheckpointError(f"the weights in {source!r} are not of this architecture: {found}. {_remedy(wrong)}")
+        remedy = _remedy(wrong, classifiers_of(model))
+        raise CheckpointError(f"the weights in {source!r} are not of this architecture: {found}. {remedy}")
     model.load_state_dict(dict(state))
 
 
@@ -114,10 +125,14 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _remedy(wrong: list[tuple[str, list[str]]]) -> str:
+def _remedy(wrong: list[tuple[str, list[str]]], classifiers: tuple[str, ...]) -> str:
     names = {kind: {key.split(" ")[0] for key in keys} for kind, keys in wrong}
     if not names["missing"] and not names["unexpected"] and names["of another shape"] == {"pos_embed"}:
-        return "They are for images of another size: name the architecture of that size"
-    if not names["unexpected"] and not names["of another shape"] and all("head" in key for key in names["missing"]):
+        return (
+            "They are for images of another size, which can be found out where it is square: else give it "
+            "(preprocessing={'size': (height, width)}, --size HxW or --preprocessing size=HxW)"
+        )
+    only_missing = not names["unexpected"] and not names["of another shape"]
+    if only_missing and all(key.startswith(tuple(f"{each}." for each in classifiers)) for key in names["missing"]):
         return "They hold no classifier: use weights that were fine-tuned to classes"
     return "Name the architecture that they were trained with"
