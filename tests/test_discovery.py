@@ -598,6 +598,32 @@ def _few_wide(head: str) -> Trunk:
     return model
 
 
+class ChannelAttention(nn.Module):
+    """Attention over channels, of which a head has as many as there are tokens (24)."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed, self.qkv, self.out = transposed, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, query: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        parts = self.qkv(query).chunk(3, -1)
+        q, k, v = ((each.transpose(1, 2) if self.transposed else each)[:, None] for each in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self.out(mixed.transpose(1, 2) if self.transposed else mixed), None
+
+
+def test_attention_over_channels_is_not_taken_for_one_over_as_many_tokens() -> None:
+    def build(transposed: bool) -> Trunk:
+        model = trunk("mean").float()
+        for block in model.layers:
+            block.attention = ChannelAttention(transposed)
+        return model.eval()
+
+    assert DiscoveredAdapter(build(False)).num_prefix_tokens == 0
+    with pytest.raises(UnsupportedModelError, match="attention runs over channels, or over tokens in another order"):
+        DiscoveredAdapter(build(True))
+
+
 class NormByHand(nn.Module):
     """A normalisation in single operations, each of which rounds."""
 

@@ -18,7 +18,7 @@ from .findings import FoundBlock, carries_stream, find_blocks, find_grid
 from .layer_scale import Joined, layer_scales
 from .probe import watch
 from .projections import describe
-from .reading import bottom_left_changed, check_order, find_reading
+from .reading import bottom_left_changed, check_order, check_values, find_reading
 from .unknown import UnknownModelAdapter
 
 if TYPE_CHECKING:
@@ -128,12 +128,13 @@ class DiscoveredAdapter(UnknownModelAdapter):
         return [describe(seen, block)[-1] for block in find_blocks(seen)]
 
     def _check_order(self, images: Tensor, first: FoundBlock) -> None:
-        """Tokens come in the order of the layout."""
+        """Tokens come in the order of the layout, and attention mixes tokens: one that did not move keeps its value."""
         again = find_blocks(watch(self, bottom_left_changed(images, self._probe_grid)))[0]
         if first.call.input is None or again.call.input is None:
             return
         before, after = (to_tokens(each, first.arrangement) for each in (first.call.input, again.call.input))
         check_order(before, after, self.layouts(self._probe_grid)[0])
+        check_values(before, after, first.attention.operands.v, again.attention.operands.v)
 
     def _check_batches(self, images: Tensor, first: FoundBlock) -> None:
         """Attention on (B·H, N, …) is cut into images rightly: the first of two keeps its own."""

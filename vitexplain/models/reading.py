@@ -28,6 +28,7 @@ _SCALES = (2.0**10, 1.0)  # of a gradient in half precision: the first that leav
 _ALIKE, _ALIKE_IN_HALF = 1e-4, 1e-2  # of the largest logit
 _STILL = 1e-4  # of what moves most: a mean over thousands of tokens still shows
 _SHARE = 1e-3
+_MIXED = 0.1  # a norm over all tokens moves each a little
 
 WITHOUT_SEED = "Methods that need no seed row work: gradcam"
 
@@ -135,6 +136,29 @@ def check_order(before: Tensor, after: Tensor, layout: TokenLayout) -> None:
         raise UnsupportedModelError(
             f"the bottom left patch is token {int(moved.argmax())} of {len(moved)}; expected {expected} of "
             f"{layout.count}, after {prefix} prefix tokens, with patches row by row. Another order needs a ModelAdapter"
+        )
+
+
+def check_values(before: Tensor, after: Tensor, values: Tensor, changed: Tensor) -> None:
+    """Attention mixes tokens, not channels, and in the order of the block: where no token moved, no value did.
+
+    Args:
+        before: tokens (1, N, D) that enter a block.
+        after: the same of another image.
+        values: of its attention (1, H, N, dh).
+        changed: the same of the other image.
+
+    Raises:
+        UnsupportedModelError: a value moved in a row whose token stayed.
+    """
+    stayed = _moved(before, after) <= _SHARE * _moved(before, after).max()
+    moved = _moved(values.flatten(0, 1), changed.flatten(0, 1))
+    rows = int((moved[stayed] > _MIXED * moved.max()).sum())
+    if rows:
+        raise UnsupportedModelError(
+            f"where one patch changed, {rows} values of attention moved that belong to other tokens: attention runs "
+            "over channels, or over tokens in another order; expected the block's own tokens. Such models need a "
+            "ModelAdapter"
         )
 
 
