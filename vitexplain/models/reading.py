@@ -94,10 +94,10 @@ def find_reading(adapter: ModelAdapter, seen: Forward, images: Tensor, *, carrie
         reading = _through_attention(reading, adapter, seen, images, behind)
     else:
         weights = measured_pooling(adapter, images)
-        if len(weights) > layout.count:
+        if len(weights) not in (layout.count, layout.prefix):
             refusal = f"the last block puts out {len(weights)} tokens, expected {layout.count}. {WITHOUT_SEED}"
             return replace(reading, refusal=refusal)
-        # a block that puts out the first tokens alone leaves nothing of the others to be read
+        # class attention puts out the prefix alone, and whoever reads more than that is refused below
         reading = replace(reading, weights=F.pad(weights, (0, layout.count - len(weights))))
     if reading.refusal or not carried or reads_alone(adapter, last, images):
         return reading
