@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitexplain import Capture, InputError, Needs, UnsupportedModelError, adapt, get_explainer
 from vitexplain.models.discovery import DiscoveredAdapter
+from vitexplain.models.features import FeatureAdapter
 from vitexplain.models.image_text import ImageTextModel
 
 HUGGING_FACE = sorted(name for name in DISCOVERED if name.startswith("hf_") and name != "hf_dinov3")
@@ -302,6 +303,26 @@ def test_tokens_in_another_order_are_refused(order: str) -> None:
     with pytest.raises(UnsupportedModelError, match="bottom left patch is token"):
         DiscoveredAdapter(Reordered(order).eval())
     assert DiscoveredAdapter(Reordered("usual").eval()).num_prefix_tokens == 3
+
+
+def test_a_feature_map_of_tokens_column_by_column_is_refused_too() -> None:
+    """Without extra tokens there are as many as the patch convolution shows, on its grid, transposed."""
+
+    class Columns(Own):
+        columns = True
+
+        def forward(self, images: Tensor) -> Tensor:
+            patches = self.stem(images)
+            patches = (patches.transpose(2, 3) if self.columns else patches).flatten(2).transpose(1, 2)
+            return self.head(self.norm(self.layers(patches)).mean(1))
+
+    torch.manual_seed(0)
+    model = Columns().eval()
+    for build in (adapt, FeatureAdapter):
+        with pytest.raises(UnsupportedModelError, match="row by row"):
+            build(model)
+    model.columns = False
+    assert FeatureAdapter(model).grid((32, 48)) == (4, 6)
 
 
 class HeadsFirst(nn.Module):
