@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,11 @@ class CaitMean(Cait):
         return self.head(x.mean(1))
 
 
+class MixingNorm(nn.LayerNorm):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens + tokens[:, 1:].mean(1, keepdim=True))
+
+
 class OwnNorm(nn.LayerNorm):
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens)
@@ -182,10 +188,33 @@ def test_a_class_derived_without_changing_what_is_read_is_explained_like_its_bas
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", TIMM)
+def test_what_is_measured_is_what_the_class_says(name: str) -> None:
+    """In all families, by a forward that only calls the class's own."""
+    model, derived = make_model(name), make_model(name)
+    derived.forward = lambda *args, **named: type(derived).forward(derived, *args, **named)  # type: ignore[assignment]
+    said, found = adapt(model), adapt(derived)
+    assert type(found) is type(said)
+    count = said.num_prefix_tokens + math.prod(TIMM[name].grid)
+    if said.pool is None:
+        assert torch.equal(found.seed(count), said.seed(count))
+    else:
+        assert found.pool is not None
+        assert found.pool.attention is derived.attn_pool
+
+
 def test_a_norm_of_ones_own_is_no_hindrance() -> None:
     model = vit()
     model.norm = OwnNorm(24)
     assert torch.equal(adapt(model).seed(25), torch.eye(25)[0])
+
+
+def test_a_norm_that_mixes_tokens_is_measured() -> None:
+    model = vit()
+    model.norm = MixingNorm(24)
+    seed = adapt(model).seed(25)
+    torch.testing.assert_close(seed[1:], seed[1:].mean().expand(24), rtol=1e-4, atol=1e-6)
+    assert 0.3 < seed[0] < 0.7
 
 
 @pytest.mark.parametrize("kind", [ClsLast, Columns])
