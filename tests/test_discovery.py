@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitexplain import Capture, InputError, Needs, UnsupportedModelError, adapt, get_explainer
 from vitexplain.models.discovery import DiscoveredAdapter
+from vitexplain.models.features import FeatureAdapter
 from vitexplain.models.image_text import ImageTextModel
 
 HUGGING_FACE = sorted(name for name in DISCOVERED if name.startswith("hf_") and name != "hf_dinov3")
@@ -304,6 +305,26 @@ def test_tokens_in_another_order_are_refused(order: str) -> None:
     assert DiscoveredAdapter(Reordered("usual").eval()).num_prefix_tokens == 3
 
 
+def test_a_feature_map_of_tokens_column_by_column_is_refused_too() -> None:
+    """Without extra tokens there are as many as the patch convolution shows, on its grid, transposed."""
+
+    class Columns(Own):
+        columns = True
+
+        def forward(self, images: Tensor) -> Tensor:
+            patches = self.stem(images)
+            patches = (patches.transpose(2, 3) if self.columns else patches).flatten(2).transpose(1, 2)
+            return self.head(self.norm(self.layers(patches)).mean(1))
+
+    torch.manual_seed(0)
+    model = Columns().eval()
+    for build in (adapt, FeatureAdapter):
+        with pytest.raises(UnsupportedModelError, match="row by row"):
+            build(model)
+    model.columns = False
+    assert FeatureAdapter(model).grid((32, 48)) == (4, 6)
+
+
 class HeadsFirst(nn.Module):
     """Attention by hand on (H·B, N, N): a batch of one looks like (B·H, N, N)."""
 
@@ -462,6 +483,166 @@ def test_heads_that_pick_tokens_by_their_values_are_refused(pool: Any, precision
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModelError, match="picks tokens by their values"):
         DiscoveredAdapter(Picking().eval().to(precision))
+
+
+class Trunk(Own):
+    """The trunk without extra tokens, and what heads do with its tokens."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.kind, self.query, self.key = head, nn.Parameter(torch.ones(1, 1, 24)), nn.Linear(24, 1)
+        self.pools = nn.ModuleList(nn.MultiheadAttention(24, 3, batch_first=True) for _ in range(2))
+        self.places = nn.Parameter(torch.randn(1, 24, 24))
+
+    def tokens(self, images: Tensor) -> list[Tensor]:
+        """What enters, and what leaves each block (B, N, D)."""
+        states = [self.stem(images).flatten(2).transpose(1, 2) + self.places]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return states
+
+    def forward(self, images: Tensor) -> Tensor:
+        *earlier, tokens = map(self.norm, self.tokens(images))
+        return self.head(getattr(self, self.kind)(tokens, earlier))
+
+    def one(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        query = self.query.expand(len(tokens), -1, -1)
+        return self.pools[0](query, tokens, tokens, need_weights=False)[0][:, 0]
+
+    def class_attention(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        """As in CaiT: the query is a key as well."""
+        query = self.query.expand(len(tokens), -1, -1)
+        keys = torch.cat([query, tokens], 1)
+        return (query + self.pools[0](query, keys, keys, need_weights=False)[0])[:, 0]
+
+    def mean_and_tokens(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        """As in CLIP's ResNets: the query, and a key, is the mean of the tokens."""
+        query = tokens.mean(1, keepdim=True)
+        keys = torch.cat([query, tokens], 1)
+        return self.pools[0](query, keys, keys, need_weights=False)[0][:, 0]
+
+    def query_last(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        query = self.query.expand(len(tokens), -1, -1)
+        keys = torch.cat([tokens, query], 1)
+        return self.pools[0](query, keys, keys, need_weights=False)[0][:, 0]
+
+    def two(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        query = self.query.expand(len(tokens), -1, -1)
+        for pool in self.pools:
+            query = query + pool(query, tokens, tokens, need_weights=False)[0]
+        return query[:, 0]
+
+    def pool_and_mean(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        return self.one(tokens, earlier) + tokens.mean(1)
+
+    def sequence_pool(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        """As in CCT, in the classifier's own forward."""
+        return (self.key(tokens).softmax(1).transpose(1, 2) @ tokens)[:, 0]
+
+    def several_blocks(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        """As DINOv2's linear classifiers."""
+        return torch.stack([each[:, 0] for each in (*earlier[1:], tokens)]).mean(0)
+
+    def maximum(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        return tokens.amax(1)
+
+    def mean(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
+        return tokens.mean(1)
+
+
+def trunk(head: str) -> Trunk:
+    torch.manual_seed(0)
+    model = Trunk(head).double().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "places" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def rows_of(model: Trunk, images: Tensor) -> Tensor:
+    """The weight (B, N) of each token in the head's attention, written down by hand."""
+    tokens = model.norm(model.tokens(images)[-1])
+    if model.kind == "sequence_pool":
+        return model.key(tokens)[..., 0].softmax(1).detach()
+    query = model.query.expand(len(tokens), -1, -1)
+    keys = torch.cat([query, tokens], 1) if model.kind == "class_attention" else tokens
+    row = model.pools[0](query, keys, keys)[1][:, 0, -24:].detach()
+    return row / row.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("head", ["one", "class_attention", "sequence_pool"])
+@pytest.mark.parametrize("start_layer", [0, 1])
+def test_rollout_starts_at_the_attention_that_reads_the_tokens(head: str, start_layer: int) -> None:
+    model, images = trunk(head), make_images("own").double()
+    row = rows_of(model, images)[:, None]
+    with Capture(model, ATTENTION) as capture:
+        capture.backward(capture.forward(images)[:, 1].sum())
+    for block in reversed(capture.blocks[start_layer:]):
+        row = row @ (0.5 * block.attention().double().mean(1) + 0.5 * torch.eye(24).double())
+    found = get_explainer("rollout", model, start_layer=start_layer)(images).scores.double()
+    torch.testing.assert_close(found.flatten(1), row[:, 0], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(capture.seed_row().double(), rows_of(model, images), rtol=1e-5, atol=1e-8)
+    for name in ("contributions", "auto"):
+        assert get_explainer(name, model)(images, 1).scores.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("two", "through 2 attentions, none of which says alone"),
+        ("mean_and_tokens", "1 queries to 25 keys; expected queries whose last 24 keys are the final tokens"),
+        ("query_last", "1 queries to 25 keys; expected queries whose last 24 keys are the final tokens"),
+        ("pool_and_mean", "beside its attention pool too"),
+        ("several_blocks", "reads other blocks as well"),
+    ],
+)
+def test_heads_whose_attention_does_not_tell_what_they_read_have_no_seed_row(head: str, message: str) -> None:
+    model, images = trunk(head), make_images("own").double()
+    for name in ("rollout", "contributions"):
+        with pytest.raises(UnsupportedModelError, match=message):
+            get_explainer(name, model)(images, 1)
+    assert isinstance(adapt(model), DiscoveredAdapter)
+    for name in ("gradcam", "attnlrp", "input_x_gradient"):
+        assert get_explainer(name, model)(images, 1).scores.isfinite().all()
+
+
+def test_max_pooling_of_few_wide_tokens_is_told_from_a_mean() -> None:
+    """Behind a norm no element of any token's gradient is zero: each of the tokens is the largest in some channel."""
+    with pytest.raises(UnsupportedModelError, match="picks tokens by their values"):
+        DiscoveredAdapter(_few_wide("maximum"))
+    torch.testing.assert_close(DiscoveredAdapter(_few_wide("mean")).seed(6), torch.full((6,), 1 / 6))
+
+
+def _few_wide(head: str) -> Trunk:
+    model = trunk(head).float()
+    model.stem, model.places = nn.Conv2d(3, 24, 16, 16), nn.Parameter(torch.randn(1, 6, 24))
+    return model
+
+
+class ChannelAttention(nn.Module):
+    """Attention over channels, of which a head has as many as there are tokens (24)."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed, self.qkv, self.out = transposed, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, query: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        parts = self.qkv(query).chunk(3, -1)
+        q, k, v = ((each.transpose(1, 2) if self.transposed else each)[:, None] for each in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self.out(mixed.transpose(1, 2) if self.transposed else mixed), None
+
+
+def test_attention_over_channels_is_not_taken_for_one_over_as_many_tokens() -> None:
+    def build(transposed: bool) -> Trunk:
+        model = trunk("mean").float()
+        for block in model.layers:
+            block.attention = ChannelAttention(transposed)
+        return model.eval()
+
+    assert DiscoveredAdapter(build(False)).num_prefix_tokens == 0
+    with pytest.raises(UnsupportedModelError, match="attention runs over channels, or over tokens in another order"):
+        DiscoveredAdapter(build(True))
 
 
 class NormByHand(nn.Module):

@@ -257,10 +257,12 @@ def test_head_may_read_patches_secretly(way: Any, images: Tensor) -> None:
 
 
 def test_what_does_not_hold_is_found_out_once(way: Any, images: Tensor) -> None:
-    model: Any = vit(Secret)
-    way(model, images)
+    model: Any = vit()
+    adapter = adapt(model)  # which would notice, later
+    model.__class__ = Secret
+    way(adapter, images)
     model.calls = 0
-    way(model, images)
+    way(adapter, images)
     assert model.calls == 1
 
 

@@ -17,7 +17,11 @@ _COMPILED = "_compiled_call_impl"
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "use_checkpointing", "with_cp")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
-_PATCHED = ("forward", "forward_features", "forward_head", "pool")  # what somebody may have put on an instance
+_DECISIVE = frozenset(
+    ("forward", "forward_features", "forward_head", "forward_cls", "pool", "_pool", "_pos_embed", "_forward_embeds")
+)
+"""Functions of a library's model that decide which tokens there are and which are read; somebody may have put others on
+an instance, or on a class derived from it."""
 
 _CALLERS: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("callers_autocast", default=nullcontext)
 """Makes the autocast that `without_autocast` turned off; nothing where there was none."""
@@ -46,8 +50,20 @@ def runs_library_code(module: nn.Module) -> bool:
     return (
         kind.__module__.startswith(_LIBRARIES)
         and kind.forward.__module__.startswith(_LIBRARIES)
-        and not any(name in own for name in _PATCHED)
+        and _DECISIVE.isdisjoint(own)
     )
+
+
+def follows_library(module: nn.Module) -> bool:
+    """Whether a known library's code decides what a module does with tokens; its class may be somebody else's.
+
+    A class that was derived from a library's and leaves alone what decides it follows the library.
+    """
+    own, kind = vars(module), type(module)
+    if any(callable(own.get(name)) for name in _DECISIVE):  # a library's own "pool" may be a word
+        return False
+    functions = (getattr(kind, name, None) for name in _DECISIVE)
+    return all(each is None or (getattr(each, "__module__", None) or "").startswith(_LIBRARIES) for each in functions)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from .borrowing import all_modules, borrowed, callers_autocast
+from .combination import WithoutFirstKeys
 from .errors import CaptureError, UnsupportedModelError
 from .layout import TokenLayout
 from .linear_products import KnownProducts, LinearProducts
@@ -137,9 +138,15 @@ class Capture:
         return self._image_gradient
 
     def seed_row(self) -> Tensor:
-        """Where a rollout starts: the weight (B, N) with which the head reads each final token."""
+        """Where a rollout starts: the weight (B, N) with which the head reads each final token.
+
+        An attention pool's is its attention, a mean over heads and queries. What it gives to keys that are no tokens,
+        such as its own query, is left out, and the rest made sum 1.
+        """
         if self.pool is not None:
             row = self.pool.attention().mean((1, 2))
+            if isinstance(self.pool.modules.combination, WithoutFirstKeys):
+                row = row / row.sum(1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)
             return F.pad(row, (self.num_tokens - row.shape[1], 0))
         seed = self.adapter.seed(self.num_tokens).to(self.images.device)
         return seed.expand(len(self.images), -1)

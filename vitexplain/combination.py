@@ -45,6 +45,46 @@ class DifferentialOperands(AttentionOperands):
         return replace(self, q=first.q, k=first.k, v=first.v, bias=first.bias, second=second)
 
 
+@dataclass(frozen=True, eq=False)
+class LastKeys(Attention):
+    """Attention to the last keys alone; its rows sum to what they do not give to the first ones, which are left out.
+
+    Attributes:
+        whole: the attention to all keys.
+        first: how many are left out.
+    """
+
+    whole: Attention
+    first: int
+
+    @property
+    def v(self) -> Tensor:  # type: ignore[override]
+        """Values (B, H, N, dh)."""
+        return self.whole.v[:, :, self.first :]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, query rows, last keys)."""
+        *others, keys = self.whole.shape
+        return others[0], others[1], others[2], keys - self.first
+
+    def probabilities(self, rows: Rows = slice(None)) -> Tensor:
+        """The weights of the last keys (B, H, T, N)."""
+        return self.whole.probabilities(rows)[..., self.first :]
+
+    def gradient(self, output_gradient: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """That by the weights of the last keys (B, H, T, N)."""
+        return self.whole.gradient(output_gradient, rows)[..., self.first :]
+
+    def part(self, images: slice) -> LastKeys:
+        """The attention of some images of the batch."""
+        return LastKeys(self.whole.part(images), self.first)
+
+    def output(self, tracked: Tensor) -> Tensor:
+        """That of the whole attention."""
+        return self.whole.output(tracked)
+
+
 class Combination:
     """How the attention calls of one block make one attention; this one expects a single call."""
 
@@ -60,6 +100,23 @@ class Combination:
     def output_gradient(self, gradients: Sequence[Tensor]) -> Tensor:
         """The gradient at the block's attention output, from those at the outputs of its calls."""
         return gradients[0]
+
+
+@dataclass(frozen=True)
+class WithoutFirstKeys(Combination):
+    """The one call of a pool that also attends to keys that are no tokens, such as its own query.
+
+    Those know nothing of the image: `Capture.seed_row` shares out among the tokens alone what the head reads.
+
+    Attributes:
+        count: how many of the first keys are no tokens.
+    """
+
+    count: int
+
+    def operands(self, calls: Sequence[Attention]) -> Attention:
+        """The call, without them."""
+        return LastKeys(super().operands(calls), self.count)
 
 
 class SideBySide(Combination):

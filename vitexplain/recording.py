@@ -107,7 +107,7 @@ class Recording:
             if scored:
                 handles.append(watch_state(record.modules, "out", _cut_behind(record)))
         if self.pool is not None:
-            handles += tap.watch(self.pool.modules.attention, self._keep_attention(self.pool, False))
+            handles += tap.watch(self.pool.modules.attention, _keep_last(self.pool))
         if needs.any_attention:
             stack.enter_context(tap)
         return handles
@@ -202,6 +202,16 @@ class Recording:
                     f"block {record.index} attends over {found} tokens; expected {expected} = "
                     f"{prefix} prefix tokens + {h}×{w} patches{places}"
                 )
+
+
+def _keep_last(pool: BlockRecord) -> Callable[[Attention, Tensor], Tensor]:
+    """Keeps the last attention of a pool: where it is computed in a forward that also calls blocks, theirs come by."""
+
+    def keep(operands: Attention, output: Tensor) -> Tensor:
+        pool._calls[:] = [operands]
+        return output
+
+    return keep
 
 
 def _watched_behind_attention(stack: ExitStack, blocks: list[BlockModules]) -> list[RemovableHandle]:

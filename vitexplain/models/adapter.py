@@ -203,6 +203,26 @@ class ModelAdapter(ABC):
             )
         return output
 
+    def noise(self, size: tuple[int, int]) -> Tensor:
+        """One image (1, channels, H, W) to find things out with, the same every time."""
+        noise = torch.randn(1, self.num_channels, *size, generator=torch.Generator().manual_seed(0))
+        reference = first_weight(self.model)
+        return noise if reference is None else noise.to(device=reference.device, dtype=reference.dtype)
+
+    def run(self, images: Tensor) -> Tensor:
+        """`logits`, with whatever the model raises as an `UnsupportedModelError` that says what to do."""
+        try:
+            return self.logits(images)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever an unknown model raises on an input it does not take
+            raise UnsupportedModelError(
+                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find out "
+                f"how it works ({type(error).__name__}: {error}). If it takes another size, pass "
+                "DiscoveredAdapter(model, image_size=(H, W)) as the model, or a FeatureAdapter for a pyramid; "
+                "otherwise write a ModelAdapter"
+            ) from error
+
     def prepared(self) -> AbstractContextManager[None]:
         """What the family needs while it is captured, put back on leaving: here, fused attention switched on."""
         parts = [*self.blocks, *([self.pool] if self.pool else [])]

@@ -14,8 +14,8 @@ from ..attention import Attention, Rows
 from ..combination import Combination
 from ..errors import UnsupportedModelError
 from ..layout import TokenLayout
-from .adapter import BlockModules, ModelAdapter
-from .timm_family import cut_size, patch_grid
+from .adapter import BlockModules
+from .known import KnownAdapter, cut_size, patch_grid
 
 if TYPE_CHECKING:
     from ..needs import Needs
@@ -83,7 +83,7 @@ class _ClassQuery(Combination):
         return ClassAttention(super().operands(calls))
 
 
-class CaitAdapter(ModelAdapter):
+class CaitAdapter(KnownAdapter):
     """timm `Cait`: blocks over patches, then blocks in which only the class token asks, and reads all tokens.
 
     Attention is what values are mixed with, after the heads have been mixed a second time behind the softmax: its
@@ -102,6 +102,7 @@ class CaitAdapter(ModelAdapter):
             for each in self._cait.blocks_token_only
         ]
         self.blocks = (*trunk, *top)
+        self._settle(self._cait.patch_embed, [self._cait.head_drop, self._cait.head])
 
     @property
     def num_channels(self) -> int:
@@ -122,7 +123,7 @@ class CaitAdapter(ModelAdapter):
         count = len(self._cait.blocks)
         return (TokenLayout(0, grid),) * count + (TokenLayout(1, grid),) * (len(self.blocks) - count)
 
-    def seed(self, num_tokens: int) -> Tensor:
+    def class_seed(self, num_tokens: int) -> Tensor:
         """CLS, or uniform over the patches, as the head reads them."""
         weights = torch.zeros(num_tokens)
         if self._cait.global_pool == "token":

@@ -15,6 +15,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, to_tokens
 from .adapter import BlockModules
 from .limited import LimitedAdapter
+from .reading import bottom_left_changed
 
 if TYPE_CHECKING:
     from ..needs import Needs
@@ -88,6 +89,23 @@ class FeatureAdapter(LimitedAdapter):
         )
 
     def _find(self, size: tuple[int, int]) -> FeatureMap:
+        with torch.inference_mode(False):
+            images = self.noise(size).requires_grad_(True)
+        ended, logits = self._ended(images)
+        for found, state in self._candidates(ended, images):
+            if to_tokens(state, found.arrangement).shape[2] != logits.shape[1] and _parts(logits, state, images):
+                if state.ndim == 3 and not self._in_order(ended, state, images.detach(), found.grid):
+                    raise UnsupportedModelError(
+                        f"the tokens of a {type(self.model).__name__} are not its patches row by row, so where they "
+                        "are is not known; another order needs a ModelAdapter"
+                    )
+                return found
+        raise UnsupportedModelError(
+            f"a {type(self.model).__name__} has no feature map that all its score goes through and whose axes are known"
+        )
+
+    def _ended(self, images: Tensor) -> tuple[list[tuple[nn.Module, Tensor]], Tensor]:
+        """What each module put out for images, in order, and the logits."""
         outputs: list[tuple[nn.Module, Tensor, int]] = []
 
         def keep(module: nn.Module, _: Any, output: Any) -> None:
@@ -95,22 +113,32 @@ class FeatureAdapter(LimitedAdapter):
             if isinstance(output, Tensor):
                 outputs.append((module, output, output._version))
 
-        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        with torch.inference_mode(False), torch.set_grad_enabled(images.requires_grad), ExitStack() as stack:
             stack.enter_context(borrowed(self.model))
             stack.enter_context(self.prepared())
             for module in self.model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):
                     stack.callback(module.register_forward_hook(keep).remove)
-            images = self.noise(size).requires_grad_(True)
             logits = self.run(images)
         # what was changed in place since is not what the module put out
-        ended = [(module, output) for module, output, version in outputs if output._version == version]
-        for found, state in self._candidates(ended, images):
-            if to_tokens(state, found.arrangement).shape[2] != logits.shape[1] and _parts(logits, state, images):
-                return found
-        raise UnsupportedModelError(
-            f"a {type(self.model).__name__} has no feature map that all its score goes through and whose axes are known"
+        return [(module, output) for module, output, version in outputs if output._version == version], logits
+
+    def _in_order(
+        self, ended: list[tuple[nn.Module, Tensor]], state: Tensor, images: Tensor, grid: tuple[int, int]
+    ) -> bool:
+        """Whether another patch at the bottom left moves a token of that quarter most, where tokens first appear.
+
+        Stages before them may have mixed places, so the very token is not asked for.
+        """
+        (h, w), tokens = grid, state.shape[:2]
+        if images.is_meta or min(grid) < 2:
+            return True
+        again, _ = self._ended(bottom_left_changed(images, grid, None))
+        before, after = (
+            next(each for _, each in some if each.ndim == 3 and each.shape[:2] == tokens) for some in (ended, again)
         )
+        moved = int((before - after).abs().amax((0, 2)).argmax())
+        return moved // w >= h // 2 and moved % w < -(-w // 2)
 
     def _candidates(self, ended: list[tuple[nn.Module, Tensor]], images: Tensor) -> Iterator[tuple[FeatureMap, Tensor]]:
         """What may be feature maps behind the first third of the forward, last first."""

@@ -1,14 +1,16 @@
-"""What a watched forward pass tells about a model: its blocks, its patch grid, the pool that reads its tokens."""
+"""What a watched forward pass tells about a model: its blocks and its patch grid."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..layout import Arrangement
+from .layer_scale import close
 from .probe import AttentionCall, Forward, ModuleCall
 
 
@@ -66,6 +68,12 @@ def find_blocks(seen: Forward) -> list[FoundBlock]:
     return [_with_layout(block) for block in found]
 
 
+def carries_stream(blocks: list[FoundBlock]) -> bool:
+    """Whether blocks take what the one before put out; not where attention alone is a module, and residuals are not."""
+    pairs = [(one.call.output, other.call.input) for one, other in pairwise(blocks)]
+    return any(gave is not None and taken is not None and close(gave, taken) for gave, taken in pairs)
+
+
 def _last(seen: Forward, calls: list[AttentionCall]) -> int:
     return max(index for index, call in enumerate(seen.attentions) if call is calls[-1])
 
@@ -110,16 +118,6 @@ def find_grid(seen: Forward, tokens: int) -> tuple[nn.Conv2d | None, tuple[int, 
     as_it_is = whole is not None and given is not None and whole.shape[-2:] == given.shape[-2:]
     stem = last.module if len(convolutions) == 1 and as_it_is and isinstance(last.module, nn.Conv2d) else None
     return stem, (h, w)
-
-
-def find_pool(seen: Forward, tokens: int, prefix: int) -> nn.Module | None:
-    """The module in which a head's queries attend to the final tokens; None for heads without attention."""
-    calls = [
-        call
-        for call in seen.attentions
-        if call.operands.num_tokens != tokens and call.operands.num_keys in (tokens, tokens - prefix)
-    ]
-    return calls[-1].parents[-1].module if calls else None
 
 
 def _at(call: AttentionCall, depth: int) -> ModuleCall | None:

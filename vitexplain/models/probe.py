@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention import Attention
 from ..borrowing import borrowed
 from ..tap import AttentionTap
+from .adapter import ModelAdapter
 
 
 @dataclass(eq=False)
@@ -103,6 +104,17 @@ def watched(model: nn.Module, batch: int = 1) -> Iterator[Forward]:
         hooks.enter_context(tap)
         yield seen
         seen.stacked = tap.stacked
+
+
+def watch(adapter: ModelAdapter, images: Tensor) -> Forward:
+    """What is seen in one forward of the adapter's model, without a graph.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run on such images.
+    """
+    with torch.no_grad(), adapter.prepared(), watched(adapter.model, len(images)) as seen:
+        adapter.run(images)
+    return seen
 
 
 def first_tensor(value: Any) -> Tensor | None:

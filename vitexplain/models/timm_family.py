@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..combination import Differential, SideBySide
-from ..errors import InputError, UnsupportedModelError
-from .adapter import BlockModules, ModelAdapter, linear_weight
+from ..errors import UnsupportedModelError
+from .adapter import BlockModules, linear_weight
+from .known import KnownAdapter, cut_size, patch_grid
+from .reading import WITHOUT_SEED
 
 
 def is_timm_transformer(model: nn.Module) -> bool:
@@ -24,36 +26,7 @@ def is_timm_transformer(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit)
 
 
-def patch_grid(embed: Any, image_size: tuple[int, int], *, dynamic: bool) -> tuple[int, int]:
-    """Patch grid (h, w) that one of timm's patch embeddings makes; `dynamic` where it takes any size.
-
-    Raises:
-        InputError: it does not take images of this size.
-    """
-    height, width = embed.patch_size
-    fixed = getattr(embed, "img_size", None)
-    if dynamic or fixed is None:
-        if not getattr(embed, "dynamic_img_pad", False) and (image_size[0] % height or image_size[1] % width):
-            raise InputError(
-                f"found images of {image_size[0]}×{image_size[1]} pixels, expected multiples of the patch size "
-                f"{height}×{width}: resize or crop them"
-            )
-        rows, columns = -(-image_size[0] // height), -(-image_size[1] // width)
-    else:
-        if tuple(image_size) != tuple(fixed):
-            raise InputError(
-                f"found images of {image_size[0]}×{image_size[1]} pixels, expected {fixed[0]}×{fixed[1]}: resize "
-                "them, or build the model with img_size=… or dynamic_img_size=True"
-            )
-        rows, columns = embed.grid_size
-    return int(rows), int(columns)
-
-
-def cut_size(embed: Any) -> tuple[int, int]:
-    """Pixels (height, width) of the patches that one of timm's patch embeddings cuts."""
-    height, width = embed.patch_size
-    return int(height), int(width)
-
+_BEHIND_POOLING = ("fc_norm", "head_drop", "head", "head_dist")
 
 _NORMED_KEYS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
 """Attention modules that norm their keys, if only by an identity, right before they attend."""
@@ -125,11 +98,12 @@ def _block_kinds() -> dict[type, Callable[[Any], BlockModules]]:
     }
 
 
-class TimmAdapter(ModelAdapter):
+class TimmAdapter(KnownAdapter):
     """timm `VisionTransformer`, `Eva`, `Beit`, `VisionTransformerRelPos`, `NaFlexVit`; fused attention stays on.
 
     Raises:
-        UnsupportedModelError: a block is of a kind that timm does not have.
+        UnsupportedModelError: a block is of a kind that timm does not have, or is there twice; or somebody changed the
+            order in which tokens come or blocks run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,6 +132,7 @@ class TimmAdapter(ModelAdapter):
         pool = getattr(model, "attn_pool", None)
         if pool is not None and hasattr(pool, "latent"):
             self.pool = BlockModules(pool, pool)
+        self._settle(self._embed, (getattr(model, name, None) for name in _BEHIND_POOLING))
 
     @property
     def num_channels(self) -> int:
@@ -176,7 +151,7 @@ class TimmAdapter(ModelAdapter):
         """Pixels (height, width) of a patch; of a hybrid's, in the feature map that it is cut from."""
         return cut_size(self._embed)
 
-    def seed(self, num_tokens: int) -> Tensor:
+    def class_seed(self, num_tokens: int) -> Tensor:
         """CLS; half CLS, half DIST; or uniform over the mean-pooled tokens, as the head reads them."""
         weights = torch.zeros(num_tokens)
         pool = "map" if getattr(self._vit, "attn_pool", None) is not None else self._vit.global_pool
@@ -190,7 +165,7 @@ class TimmAdapter(ModelAdapter):
         else:
             raise UnsupportedModelError(
                 f"the head pools tokens by {pool!r}; expected 'token', 'avg' or an attention pool with latents, where "
-                "the seed row of a rollout is known. Methods that need no seed row work: gradcam"
+                f"the seed row of a rollout is known. {WITHOUT_SEED}"
             )
         return weights
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..borrowing import attributes_set
 from ..errors import InputError, UnsupportedModelError
-from .adapter import ModelAdapter, first_weight
+from .adapter import ModelAdapter
 
 
 class UnknownModelAdapter(ModelAdapter, ABC):
@@ -66,26 +65,6 @@ class UnknownModelAdapter(ModelAdapter, ABC):
             ):
                 stack.enter_context(attributes_set(owners, name, value))
             yield
-
-    def noise(self, size: tuple[int, int]) -> Tensor:
-        """One image (1, channels, H, W) to find things out with, the same every time."""
-        noise = torch.randn(1, self.num_channels, *size, generator=torch.Generator().manual_seed(0))
-        reference = first_weight(self.model)
-        return noise if reference is None else noise.to(device=reference.device, dtype=reference.dtype)
-
-    def run(self, images: Tensor) -> Tensor:
-        """`logits`, with whatever the model raises as an `UnsupportedModelError` that says what to do."""
-        try:
-            return self.logits(images)
-        except UnsupportedModelError:
-            raise
-        except Exception as error:  # whatever an unknown model raises on an input it does not take
-            raise UnsupportedModelError(
-                f"a {type(self.model).__name__} could not be run on images of shape {tuple(images.shape)} to find out "
-                f"how it works ({type(error).__name__}: {error}). If it takes another size, pass "
-                "DiscoveredAdapter(model, image_size=(H, W)) as the model, or a FeatureAdapter for a pyramid; "
-                "otherwise write a ModelAdapter"
-            ) from error
 
 
 def _scores(output: Any) -> Tensor:

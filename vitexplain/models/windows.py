@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..layout import TokenLayout, Windows
-from .adapter import BlockModules, ModelAdapter
-from .timm_family import cut_size, patch_grid
+from .adapter import BlockModules
+from .known import KnownAdapter, cut_size, patch_grid
+from .reading import WITHOUT_SEED
 
 
 def is_swin(model: nn.Module) -> bool:
@@ -21,7 +22,7 @@ def is_swin(model: nn.Module) -> bool:
     return isinstance(model, SwinTransformer | SwinTransformerV2)
 
 
-class SwinAdapter(ModelAdapter):
+class SwinAdapter(KnownAdapter):
     """timm `SwinTransformer` and `SwinTransformerV2`; blocks of all stages in forward order.
 
     Within a stage attention is exact: its windows are the blocks on the diagonal of the global matrix, whose shift and
@@ -36,6 +37,7 @@ class SwinAdapter(ModelAdapter):
         self.model = model
         self._swin: Any = cast("Any", model)  # timm's attributes are not declared on nn.Module
         self.blocks = tuple(_describe(block) for stage in self._swin.layers for block in stage.blocks)
+        self._settle(self._swin.patch_embed, [getattr(self._swin.head, "fc", None)])
 
     @property
     def num_channels(self) -> int:
@@ -60,13 +62,13 @@ class SwinAdapter(ModelAdapter):
             layouts += [TokenLayout(0, grid)] * len(stage.blocks)
         return tuple(layouts)
 
-    def seed(self, num_tokens: int) -> Tensor:
+    def class_seed(self, num_tokens: int) -> Tensor:
         """Uniform over the last stage's tokens, as the head averages them."""
-        pooling = self._swin.head.global_pool.pool_type
+        pooling = getattr(getattr(self._swin.head, "global_pool", None), "pool_type", type(self._swin.head).__name__)
         if pooling != "avg":
             raise UnsupportedModelError(
                 f"the head pools tokens by {pooling!r}; expected 'avg', where the seed row of a rollout is known. "
-                "Methods that need no seed row work: gradcam"
+                f"{WITHOUT_SEED}"
             )
         return torch.full((num_tokens,), 1 / num_tokens)
 
