@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -88,6 +89,18 @@ def test_parts_without_a_gradient_are_refused_and_not_taken_for_nothing(name: st
     for each, scores in expected.items():  # which ask for no gradient there
         torch.testing.assert_close(get_explainer(each, model)(images, 1).scores, scores)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["tokentm", "transition_attention", "attcat"])
+def test_a_refusal_in_the_middle_of_placing_hooks_leaves_none(name: str) -> None:
+    parallel, other, images = make_model("parallel"), make_model("cls"), make_images("cls")
+    expected = get_explainer("rollout", other)(images).scores
+    with contextlib.suppress(UnsupportedModelError):
+        get_explainer(name, parallel)(make_images("parallel"), 1)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in parallel.modules())
+    with torch.no_grad():
+        parallel(make_images("parallel"))
+    torch.testing.assert_close(get_explainer("rollout", other)(images).scores, expected)
 
 
 @pytest.mark.parametrize("switch", ["use_checkpoint", "with_cp"])

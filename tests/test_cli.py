@@ -126,6 +126,10 @@ class TestExplain:
         for _ in range(2):
             result = explain(folder, "**/*.png", ".", "--output", output, image="a.png")
             assert result.stdout.startswith("3 of 3 images explained."), "the picture that is named, and the two here"
+        (tmp_path / "photos" / "c.npy").write_bytes(b"features of somebody's own")
+        (tmp_path / "photos" / "c.json").write_text("[]")
+        result = explain(folder, "photos/*.png", ".", "--output", "elsewhere", image="a.png")
+        assert result.stdout.startswith("3 of 3 images explained."), "overlays of another folder are none either"
         named = next((tmp_path / output).glob("a-*.png"))
         assert explain(folder, named, "--output", tmp_path / "others").stdout.startswith("2 of 2 images explained.")
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from discovered import DISCOVERED, SQUARE, Own
 from families import make_images, make_model
 from test_contract import LowRank
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitexplain import Capture, InputError, Needs, UnsupportedModelError, adapt, get_explainer
@@ -916,3 +917,26 @@ def test_scripted_models_are_refused() -> None:
         graph = torch.jit.trace(make_model("cls"), make_images("cls"))
     with pytest.raises(UnsupportedModelError, match="Pass the module itself"):
         get_explainer("rollout", graph)
+
+
+def test_tokens_mixed_with_their_neighbours_before_values_are_made_of_them() -> None:
+    class ConvolvedAttention(nn.Module):
+        """Attention over patches that a convolution has looked at, as in CvT."""
+
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            patches = self.local(x[:, 1:].transpose(1, 2).unflatten(2, (4, 4))).flatten(2).transpose(1, 2)
+            x = torch.cat([x[:, :1], patches], 1)
+            q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=7).eval()
+    for block in model.blocks:
+        block.attn = ConvolvedAttention(24, 3)
+    explanation = get_explainer("rollout", DiscoveredAdapter(model, image_size=(32, 32)))(torch.randn(1, 3, 32, 32))
+    assert explanation.grid == (4, 4)

@@ -308,3 +308,60 @@ def test_measuring_agrees_with_the_class_in_half_precision(precision: torch.dtyp
     model = vit(Calls, global_pool="avg").to(precision)
     assert torch.equal(adapt(model).seed(25), mean_of_patches(1)(25))
     assert not isinstance(adapt(model), DiscoveredAdapter)
+
+
+class TestForwardsOfSomebody:
+    """A forward that prepares images, or runs the backbone in its own way, leaves what is read to timm."""
+
+    def check(self, own: nn.Module, prepare: Callable[[Tensor], Tensor]) -> None:
+        images = torch.rand(1, 3, *SIZE)
+        plain = VisionTransformer(img_size=SIZE, **VIT).eval()
+        plain.load_state_dict(own.state_dict())
+        found, expected = get_explainer("rollout", own)(images), get_explainer("rollout", plain)(prepare(images))
+        torch.testing.assert_close(found.scores, expected.scores)
+
+    def test_that_take_colours_alone(self) -> None:
+        class Colours(VisionTransformer):
+            def forward(self, x: Tensor, *_: Any) -> Tensor:
+                if x.min() < 0:
+                    raise ValueError("expected colours")
+                return super().forward(x.sqrt())
+
+        class Logarithm(VisionTransformer):
+            def forward(self, x: Tensor, *_: Any) -> Tensor:
+                return super().forward(torch.log(x + 1e-3))
+
+        self.check(Colours(img_size=SIZE, **VIT).eval(), torch.sqrt)
+        self.check(Logarithm(img_size=SIZE, **VIT).eval(), lambda images: torch.log(images + 1e-3))
+
+    def test_that_run_the_backbone_without_gradients(self) -> None:
+        class Probe(VisionTransformer):
+            def forward(self, x: Tensor, *_: Any) -> Tensor:
+                with torch.no_grad():
+                    features = self.forward_features(x)
+                return self.forward_head(features)
+
+        model = Probe(img_size=SIZE, **VIT).eval()
+        self.check(model, lambda images: images)
+        with pytest.raises(UnsupportedModelError, match="runs where gradients are switched off"):
+            get_explainer("generic_attention", model)(torch.rand(1, 3, *SIZE), 1)
+
+    def test_before_they_have_weights(self) -> None:
+        class Doubled(VisionTransformer):
+            def forward(self, x: Tensor, *_: Any) -> Tensor:
+                return super().forward(2 * x)
+
+        with torch.device("meta"):
+            assert adapt(Doubled(img_size=SIZE, **VIT)).num_prefix_tokens == 1
+        model = Doubled(img_size=SIZE, **VIT).eval()
+        nn.init.zeros_(model.head.weight)
+        self.check(model, lambda images: 2 * images)
+
+    def test_that_draw_lots_leave_the_callers_alone(self) -> None:
+        class Noisy(VisionTransformer):
+            def forward(self, x: Tensor, *_: Any) -> Tensor:
+                return super().forward(x + 0 * torch.rand_like(x))
+
+        model, before = Noisy(img_size=SIZE, **VIT).eval(), torch.random.get_rng_state()
+        adapt(model)
+        assert torch.equal(torch.random.get_rng_state(), before)

@@ -184,22 +184,42 @@ class TestCardBesideTimmsWeights:
         given = load_model(NAME, checkpoint=checkpoint, preprocessing={"crop_mode": "border"})
         assert given.preprocessing == trained.replace(crop_mode="border")
 
-    @pytest.mark.parametrize("text", ["[1, 2]", '{"epochs": 3}'])
+    @pytest.mark.parametrize(
+        "text", ["[1, 2]", '{"epochs": 3}', '{"a": 1}\n{"a": 2}', '{"preprocessing": "imagenet"}', "{", "\udce9"]
+    )
     def test_what_says_nothing_of_pictures_is_somebody_elses(self, checkpoint: Path, card: Path, text: str) -> None:
         plain = load_model(NAME, checkpoint=checkpoint).preprocessing
-        card.write_text(text)
+        card.write_bytes(text.encode("utf-8", "surrogateescape"))
         assert load_model(NAME, checkpoint=checkpoint).preprocessing == plain
 
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [("{", "is not JSON"), ('{"preprocessing": {"side": 96}}', "has a preprocessing that cannot be used")],
-    )
-    def test_what_cannot_be_read_is_no_reason_to_guess(
-        self, checkpoint: Path, card: Path, text: str, message: str
-    ) -> None:
-        card.write_text(text)
-        with pytest.raises(CheckpointError, match=message):
+    def test_what_cannot_be_used_is_no_reason_to_guess(self, checkpoint: Path, card: Path) -> None:
+        said = load_model(NAME, checkpoint=checkpoint).preprocessing.to_dict()
+        card.write_text(json.dumps({"preprocessing": {**said, "std": [0, 1, 1]}}))
+        with pytest.raises(CheckpointError, match=r"has a preprocessing that cannot be used .*above 0"):
             load_model(NAME, checkpoint=checkpoint)
+
+    @pytest.mark.parametrize("size", [(112, 448), (64, 144), (96, 160), (96, 96)])
+    def test_the_card_says_which_grid_was_saved(self, size: tuple[int, int], tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=3, depth=1).eval()
+        with torch.no_grad():
+            model.pos_embed.normal_()
+        saved = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("blocks")}
+        whole = timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=3).state_dict()
+        save_file({**whole, **saved}, tmp_path / "x.safetensors")
+        said = Preprocessing(size, (0.5,) * 3, (0.5,) * 3).to_dict()
+        (tmp_path / "x.json").write_text(json.dumps({"preprocessing": said}))
+        loaded = load_model("timm:vit_tiny_patch16_224", checkpoint=tmp_path / "x.safetensors")
+        assert loaded.preprocessing.size == size
+        torch.testing.assert_close(loaded.model.pos_embed, model.pos_embed)
+        (tmp_path / "x.json").unlink()
+        if size == (64, 144):  # as many patches as a square has
+            with pytest.warns(ExplanationWarning, match="may be of images of 64×144 pixels or of 96×96"):
+                load_model(
+                    "timm:vit_tiny_patch16_224",
+                    checkpoint=tmp_path / "x.safetensors",
+                    preprocessing={"size": size},
+                )
 
 
 class TestWeights:

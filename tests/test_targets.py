@@ -25,7 +25,7 @@ from vitexplain import (
     list_methods,
 )
 from vitexplain.data.scenes import make_scene
-from vitexplain.targets import ExplainedScore, ResolvedTarget, resolve_target, select_target
+from vitexplain.targets import ExplainedScore, ResolvedTarget, named_classes, resolve_target, select_target
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, -2.0], [5.0, 0.5, 1.5, 2.5]])
 
@@ -226,3 +226,14 @@ def test_targets_of_other_kinds_and_from_inference_mode() -> None:
     with torch.inference_mode():
         target = torch.arange(4)
     torch.testing.assert_close(explainer(images, target).scores, expected)
+
+
+def test_arrays_of_names_and_what_is_no_number() -> None:
+    labels = ["anchor", "arrow", "key"]
+    assert named_classes(np.array(["arrow", "anchor"]), labels) == [1, 0]
+    assert named_classes(np.array([["arrow"], ["key"]], object), labels) == [[1], [2]]
+    kept = np.array([2, 1])
+    assert named_classes(kept, labels) is kept
+    for wrong in ("--1", "+-1", "9" * 5000):
+        with pytest.raises(UnknownNameError):
+            named_classes(wrong, labels)

@@ -598,3 +598,33 @@ def read(model: nn.Module) -> list[BlockRecord]:
     with Capture(model, Needs(attention=True)) as capture:
         capture.forward(images_of())
     return capture.blocks
+
+
+def test_a_module_of_positions_is_no_reason_to_refuse_a_feature_map() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, 16, 24))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.places.expand(len(tokens), -1, -1) * 1.0
+
+    class MixedTokens(nn.Module):
+        image_size = 32
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.places = nn.Conv2d(3, 24, 8, 8), Places()
+            self.mixing = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+            self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 7)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.stem(images).flatten(2).transpose(1, 2)
+            tokens = tokens + self.places(tokens)
+            for mix in self.mixing:
+                tokens = tokens + mix(tokens.transpose(1, 2)).relu().transpose(1, 2)
+            return self.head(self.norm(tokens).mean(1))
+
+    torch.manual_seed(0)
+    explanation = get_explainer("gradcam", MixedTokens().eval())(torch.randn(1, 3, 32, 32), 1)
+    assert explanation.grid == (4, 4)

@@ -118,6 +118,11 @@ def test_pictures_to_measure_on_are_not_trained_on_by_their_labels(
     assert sorted(seen["labelled"]) == sorted(seen["masked"])
     assert not {*seen["labelled"]} & {*seen["validation"]}
     assert len(seen["labelled"]) == 2
+    shared = ("--data-option", "objects=2", "--data-option", "count=40", "--share", "0.5", "--validation", "6")
+    train("pm", "--output", tmp_path / "pm.safetensors", *shared)
+    pictures = {part: {name.partition("#")[0] for name in seen[part]} for part in seen}
+    assert pictures["validation"]
+    assert not pictures["validation"] & (pictures["labelled"] | pictures["masked"])
 
 
 def test_model_and_interpreter_are_trained_on_training_pictures(

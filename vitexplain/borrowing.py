@@ -54,15 +54,20 @@ def runs_library_code(module: nn.Module) -> bool:
     )
 
 
-def follows_library(module: nn.Module) -> bool:
+def follows_library(module: nn.Module, *, but_for_forward: bool = False) -> bool:
     """Whether a known library's code decides what a module does with tokens; its class may be somebody else's.
 
     A class that was derived from a library's and leaves alone what decides it follows the library.
+
+    Args:
+        module: any.
+        but_for_forward: its `forward` is not asked about: it may prepare images, or put logits into something.
     """
     own, kind = vars(module), type(module)
-    if any(callable(own.get(name)) for name in _DECISIVE):  # a library's own "pool" may be a word
+    decisive = _DECISIVE - {"forward"} if but_for_forward else _DECISIVE
+    if any(callable(own.get(name)) for name in decisive):  # a library's own "pool" may be a word
         return False
-    functions = (getattr(kind, name, None) for name in _DECISIVE)
+    functions = (getattr(kind, name, None) for name in decisive)
     return all(each is None or (getattr(each, "__module__", None) or "").startswith(_LIBRARIES) for each in functions)
 
 

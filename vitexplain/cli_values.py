@@ -78,6 +78,8 @@ def read_preprocessing(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _setting(name: str, text: str) -> Any:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
     bare = text.strip("[]() ")
     if name == "size":
         return read_size(bare.replace(",", "x"), f"--preprocessing {name}")

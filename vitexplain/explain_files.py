@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import platform
 import re
 import warnings
@@ -91,14 +91,22 @@ def explain_to_folder(
     return len(files) - len(failures), failures
 
 
-def results_in(output: Path) -> Callable[[Path], bool]:
-    """Which files are overlays that an earlier run wrote into this folder: those with their scores beside them."""
-    folder = os.path.realpath(output)
+def is_overlay(file: Path) -> bool:
+    """Whether a picture is an overlay that an earlier run wrote: a record in its folder says so."""
+    if file.suffix != ".png" or not file.with_suffix(".npy").exists():
+        return False
+    parts = file.stem.split("-")  # of the image, the method and the class, each of which may have more of them
+    records = (file.with_name(f"{'-'.join(parts[:count])}.json") for count in range(1, len(parts)))
+    return any(file.name in _overlays(record) for record in records if record.exists())
 
-    def is_result(file: Path) -> bool:
-        return file.with_suffix(".npy").exists() and os.path.realpath(file.parent) == folder
 
-    return is_result
+def _overlays(record: Path) -> list[Any]:
+    """The names of the overlays that a record lists; none where it is somebody else's file."""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        return [each["overlay"] for each in content["maps"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _explain(

@@ -138,11 +138,15 @@ def gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """What arrives at tensors from a score () of the model's output; and at the output.
 
+    Nothing does from a score that the output has no part in.
+
     Raises:
         UnsupportedModelError: the output does not depend on some of the tensors.
     """
     *found, arrived = torch.autograd.grad(score, [*tensors, output], retain_graph=retain_graph, allow_unused=True)
-    return _all_arrived(found), torch.zeros_like(output) if arrived is None else arrived
+    if arrived is None:
+        return [torch.zeros_like(each) for each in tensors], torch.zeros_like(output)
+    return _all_arrived(found), arrived
 
 
 def gradients_by_sign(

@@ -68,8 +68,8 @@ class Recording:
             if self._short is not None:  # around the watch on attention
                 stack.enter_context(self._short.applied())
             # behind attention the one watch ends before the other begins
-            for handle in [*self._place_hooks(stack), *self._shorten_backward(stack)]:
-                stack.callback(handle.remove)
+            self._place_hooks(stack)
+            self._shorten_backward(stack)
             yield
         self._check()
 
@@ -91,8 +91,7 @@ class Recording:
         self.tracked.append((tensor, store))
         return tensor
 
-    def _place_hooks(self, stack: ExitStack) -> list[RemovableHandle]:
-        handles: list[RemovableHandle] = []
+    def _place_hooks(self, stack: ExitStack) -> None:
         tap, needs = AttentionTap(self._batch), self._needs
         for record in self._recorded:
             scored = record.index >= len(self._blocks) - needs.apart
@@ -101,29 +100,28 @@ class Recording:
                 keep = self._keep_attention(record, scored or needs.attention_gradient)
                 attention, between = record.modules.attention, record.modules.between
                 between = between if runs_library_code(attention) else None
-                handles += tap.watch(attention, keep, self._fuse_heads(record), between)
+                _removed_with(stack, tap.watch(attention, keep, self._fuse_heads(record), between))
             kinds = record.sources(needs.recorded_states)
-            handles += [watch_state(record.modules, kind, self._keep_state(kind, record)) for kind in sorted(kinds)]
+            for kind in sorted(kinds):
+                _removed_with(stack, [watch_state(record.modules, kind, self._keep_state(kind, record))])
             if scored:
-                handles.append(watch_state(record.modules, "out", _cut_behind(record)))
+                _removed_with(stack, [watch_state(record.modules, "out", _cut_behind(record))])
         if self.pool is not None:
-            handles += tap.watch(self.pool.modules.attention, _keep_last(self.pool))
+            _removed_with(stack, tap.watch(self.pool.modules.attention, _keep_last(self.pool)))
         if needs.any_attention:
             stack.enter_context(tap)
-        return handles
 
-    def _shorten_backward(self, stack: ExitStack) -> list[RemovableHandle]:
+    def _shorten_backward(self, stack: ExitStack) -> None:
         """Of the last block, only the tokens that the head reads go back, where those are few.
 
         In blocks that are scored apart, a gradient that all tokens share goes back once.
         """
         if self._needs.backward is not None or self._short is not None or not self._blocks:
-            return []
+            return
         if self._needs.apart:
-            scored = [each.modules for each in self._blocks[-self._needs.apart :]]
-            return _watched_behind_attention(stack, scored)
-        read = first_tokens_read(self._adapter, self._blocks[-1].layout.count) if self._needs.gradient else None
-        return [] if read is None else _watched_behind_attention(stack, [self._blocks[-1].modules])
+            _watch_behind_attention(stack, [each.modules for each in self._blocks[-self._needs.apart :]])
+        elif self._needs.gradient and first_tokens_read(self._adapter, self._blocks[-1].layout.count) is not None:
+            _watch_behind_attention(stack, [self._blocks[-1].modules])
 
     def _keep_state(self, kind: State, record: BlockRecord) -> Callable[[Tensor], Tensor]:
         def store(gradient: Tensor) -> None:
@@ -214,9 +212,16 @@ def _keep_last(pool: BlockRecord) -> Callable[[Attention, Tensor], Tensor]:
     return keep
 
 
-def _watched_behind_attention(stack: ExitStack, blocks: list[BlockModules]) -> list[RemovableHandle]:
+def _watch_behind_attention(stack: ExitStack, blocks: list[BlockModules]) -> None:
     sparse = stack.enter_context(SparseBackward())
-    return [handle for each in blocks for handle in sparse.watch(each.attention, each.block)]
+    for each in blocks:
+        _removed_with(stack, sparse.watch(each.attention, each.block))
+
+
+def _removed_with(stack: ExitStack, handles: Sequence[RemovableHandle]) -> None:
+    """Hooks go with the stack from the moment they are there: what comes next may raise."""
+    for handle in handles:
+        stack.callback(handle.remove)
 
 
 def _cut_behind(record: BlockRecord) -> Callable[[Tensor], Tensor]:

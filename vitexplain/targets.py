@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ Wherever there is an int, a class's name will do, if the model's labels are know
 
 FORMS = (
     "None (the predicted class), a class index, B indices (one an image), B×K indices, a pair (a, b) for a against b, "
-    "or a function of the logits (B, C) that returns B scores"
+    "or a function of the logits (B, C) that returns B scores; for an index, a class's name where labels are known"
 )
 
 
@@ -166,6 +166,8 @@ def named_classes(target: Target, labels: Sequence[str] | None) -> Target:
     """
     from .models.labels import class_index
 
+    if isinstance(target, np.ndarray) and target.dtype.kind in "USO":
+        target = cast("Target", target.tolist())
     if isinstance(target, str):
         return class_index(target, labels)
     if isinstance(target, list | tuple):

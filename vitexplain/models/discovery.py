@@ -6,6 +6,7 @@ verified, and what does not verify is left out or refused. How the head reads th
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,10 +158,11 @@ class DiscoveredAdapter(UnknownModelAdapter):
     def _watching_stem(self, stem: nn.Conv2d, images: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
         """The logits, and the size (H, W) of what the patch convolution was given; None where it was not seen."""
         sizes: list[tuple[int, int]] = []
+        ours = threading.get_ident()  # the model may run in others
 
         def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = first_tensor((*arguments, *named.values()))
-            if given is not None:
+            if given is not None and threading.get_ident() == ours:
                 sizes.append((given.shape[-2], given.shape[-1]))
 
         handle = stem.register_forward_pre_hook(note, with_kwargs=True)

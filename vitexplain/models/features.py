@@ -135,10 +135,14 @@ class FeatureAdapter(LimitedAdapter):
             return True
         again, _ = self._ended(bottom_left_changed(images, grid, None))
         before, after = (
-            next(each for _, each in some if each.ndim == 3 and each.shape[:2] == tokens) for some in (ended, again)
+            [each for _, each in some if each.ndim == 3 and each.shape[:2] == tokens] for some in (ended, again)
         )
-        moved = int((before - after).abs().amax((0, 2)).argmax())
-        return moved // w >= h // 2 and moved % w < -(-w // 2)
+        for one, other in zip(before, after, strict=False):
+            moved = (one - other).abs().amax((0, 2))
+            if moved.any():  # an embedding of positions does not
+                first = int(moved.argmax())
+                return first // w >= h // 2 and first % w < -(-w // 2)
+        return True
 
     def _candidates(self, ended: list[tuple[nn.Module, Tensor]], images: Tensor) -> Iterator[tuple[FeatureMap, Tensor]]:
         """What may be feature maps behind the first third of the forward, last first."""

@@ -18,7 +18,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import to_tokens
 from .adapter import ModelAdapter
 from .probe import Forward, ModuleCall, watch
-from .reading import Reading, bottom_left_changed, check_order, find_reading
+from .reading import Reading, UnmeasuredError, bottom_left_changed, check_order, find_reading
 
 _PATCHES = (6, 4)  # of an image to find things out with, where the model takes any size
 
@@ -77,6 +77,9 @@ class KnownAdapter(ModelAdapter):
     def _settle(self, embed: Any, behind_pooling: Iterable[nn.Module | None]) -> None:
         """Measures how the head reads the tokens, unless all that decides it is a library's code, which costs nothing.
 
+        Where nothing but the model's own `forward` is somebody's and nothing can be measured (weights of zero,
+        gradients switched off, no weights at all), the class is believed.
+
         Args:
             embed: the patch embedding, with `patch_size` and maybe `img_size`.
             behind_pooling: modules that see pooled features alone, and may be anything.
@@ -86,22 +89,62 @@ class KnownAdapter(ModelAdapter):
         """
         self._check_apart()
         settled = [each.block for each in self.blocks] + [each for each in behind_pooling if each is not None]
-        if all(map(follows_library, all_modules(self.model, without=settled))):
+        changed = [each for each in all_modules(self.model, without=settled) if not follows_library(each)]
+        if not changed:
             return
-        images = self.noise(_probe_size(embed))
-        if images.is_meta:
-            raise UnsupportedModelError(
-                f"a {type(self.model).__name__} is not its library's code alone, so it has to be run to see which "
-                "tokens its head reads, and on the meta device it cannot; load its weights first"
-            )
-        seen = watch(self, images)
+        believed = changed == [self.model] and follows_library(self.model, but_for_forward=True)
+        with torch.random.fork_rng(devices=[]):  # somebody's forward may draw lots
+            self._measure(embed, believed=believed)
+
+    def _measure(self, embed: Any, *, believed: bool) -> None:
+        """Runs the model to find out how its head reads the tokens; where that fails, its class may be believed.
+
+        Raises:
+            UnmeasuredError: it cannot be run on noise, and its class is not believed.
+            UnsupportedModelError: blocks run in another order, or tokens come in one.
+        """
+        try:
+            images, seen = self._watched_on_noise(_probe_size(embed))
+        except UnmeasuredError:
+            if believed:
+                return
+            raise
         self._check_tokens(seen, images)
         try:
             reading = find_reading(self, seen, images, carried=True)
         except UnsupportedModelError as error:
+            if believed and isinstance(error, UnmeasuredError):
+                return
             reading = Reading(self.num_prefix_tokens, (images.shape[-2], images.shape[-1]), refusal=str(error))
         self.pool = reading.pool
         self._reading = None if self._as_the_class_says(reading) else reading
+
+    def _watched_on_noise(self, size: tuple[int, int]) -> tuple[Tensor, Forward]:
+        """An image of noise, and what was seen with it; somebody's forward may take none but colours from 0 to 1.
+
+        Raises:
+            UnmeasuredError: neither kind can be run, or gives finite numbers.
+        """
+        normal = self.noise(size)
+        if normal.is_meta:
+            raise UnmeasuredError(
+                f"a {type(self.model).__name__} is not its library's code alone, so it has to be run to see which "
+                "tokens its head reads, and on the meta device it cannot; load its weights first"
+            )
+        reason = "its tokens are not finite numbers"
+        for images in (normal, normal.sigmoid()):
+            try:
+                seen = watch(self, images)
+            except UnsupportedModelError as error:
+                reason = str(error)
+                continue
+            entered = [call.input for call in self._block_calls(seen) if call.input is not None]
+            if all(bool(each.isfinite().all()) for each in entered):
+                return images, seen
+        raise UnmeasuredError(
+            f"a {type(self.model).__name__} is not its library's code alone, so it has to be run on noise to see which "
+            f"tokens its head reads, and that fails: {reason}"
+        )
 
     def _check_apart(self) -> None:
         places: dict[nn.Module, int] = {}

@@ -56,6 +56,9 @@ def imagenet_labels(model: nn.Module) -> list[str] | None:
     return None if subset is None else list(ImageNetInfo(subset).label_descriptions())
 
 
+_INDEX = re.compile(r"[+-]?\d{1,18}")  # longer ones Python may refuse to read
+
+
 def find_class(label: str, labels: Sequence[str] | None, num_classes: int) -> int:
     """The class that a user names: an index, a full label, or a comma-separated part of one ("zebra").
 
@@ -69,7 +72,7 @@ def find_class(label: str, labels: Sequence[str] | None, num_classes: int) -> in
         UnknownNameError: no class, or several, have this name.
     """
     text = label.strip().lower()
-    if re.fullmatch(r"[+-]?\d{1,18}", text):  # longer ones Python may refuse to read
+    if _INDEX.fullmatch(text):
         if not 0 <= int(text) < num_classes:
             raise TargetError(
                 f"found class {text}, expected 0 to {num_classes - 1}: the model has {num_classes} classes"
@@ -108,7 +111,7 @@ def class_index(given: Any, labels: Sequence[str] | None) -> int:
             return int(given.__index__())
         except AttributeError:
             raise TargetError(f"found the class {given!r}, expected an index or a name") from None
-    if given.strip().lstrip("+-").isdecimal():
+    if _INDEX.fullmatch(given.strip()):
         return int(given)
     if not labels:
         raise TargetError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,8 +119,9 @@ def load_model(
         name: ``"scenes"``, the embedded model; ``"scenes-pm"``, the same trained on a few masks for the method `pm`; or
             ``"timm:ARCHITECTURE"``, with weights from the hub, or from `checkpoint` with no network.
         checkpoint: `.safetensors`, or a `.pt`/`.pth`/`.bin` state dict (read with ``weights_only=True``). Its
-            classifier says how many classes there are, and its position embedding the input size where that is square
-            or given as `preprocessing`. For the embedded models, what ``vitexplain train`` wrote.
+            classifier says how many classes there are. The input size is what the card beside it says, or what the
+            position embedding tells: a square, or else the one in `preprocessing`. For the embedded models, what
+            ``vitexplain train`` wrote.
         labels: class names in order, or a file of them: JSON list, JSON object by index, or one name a line. By
             default those in the card of an embedded model's `checkpoint`, or ImageNet's, where the number of classes is
             that of one of its sets.
@@ -139,8 +142,10 @@ def load_model(
     if name in (EMBEDDED, EMBEDDED_FOR_PM):
         model, weights, names, prepare = _embedded_model(name, checkpoint)
     elif name.startswith(_PREFIX):
-        model, weights = _timm_model(name, checkpoint, _size_in(preprocessing or {}))
-        names, prepare = imagenet_labels(model), _trained_with(checkpoint) or Preprocessing.from_timm(model)
+        trained = _trained_with(checkpoint)
+        said, asked = None if trained is None else trained.size, _size_in(preprocessing or {})
+        model, weights = _timm_model(name, checkpoint, said, asked)
+        names, prepare = imagenet_labels(model), trained or Preprocessing.from_timm(model)
     else:
         raise UnknownNameError(
             f"no model called {name!r}. Known: {EMBEDDED} and {EMBEDDED_FOR_PM} (embedded), {_PREFIX}ARCHITECTURE "
@@ -234,14 +239,17 @@ def _embedded_model(
 
 def _trained_with(checkpoint: str | os.PathLike[str] | None) -> Preprocessing | None:
     """How the pictures were prepared that a timm model was trained on, where `vitexplain train` wrote its weights."""
-    from .embedded import read_card
-
     if checkpoint is None:
         return None
-    path = Path(checkpoint).with_suffix(".json")
-    card = read_card(path) if path.is_file() else None
+    try:
+        card = json.loads(Path(checkpoint).with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is somebody else's
+        return None
     fields = card.get("preprocessing") if isinstance(card, dict) else None
-    return None if fields is None else _card_preprocessing(fields, checkpoint)
+    known = {each.name for each in dataclasses.fields(Preprocessing)}
+    if not isinstance(fields, dict) or not {"size", "mean", "std"} <= fields.keys() <= known:
+        return None
+    return _card_preprocessing(fields, checkpoint)
 
 
 def _card_preprocessing(fields: Mapping[str, Any], checkpoint: str | os.PathLike[str] | None) -> Preprocessing:
@@ -256,9 +264,12 @@ def _card_preprocessing(fields: Mapping[str, Any], checkpoint: str | os.PathLike
 
 
 def _timm_model(
-    name: str, checkpoint: str | os.PathLike[str] | None, asked: tuple[int, int] | None
+    name: str,
+    checkpoint: str | os.PathLike[str] | None,
+    said: tuple[int, int] | None,
+    asked: tuple[int, int] | None,
 ) -> tuple[nn.Module, str]:
-    """A model of timm, and where its weights came from; `asked` is the input size that the user names."""
+    """A model of timm, and where its weights came from; input sizes that its card says and the user names."""
     import timm
 
     architecture = name.removeprefix(_PREFIX)
@@ -278,7 +289,7 @@ def _timm_model(
     if checkpoint is None:
         return fetch_pretrained(architecture)
     state = read_state(checkpoint)
-    model = timm.create_model(architecture, **saved_form(state, plain_model, asked))
+    model = timm.create_model(architecture, **saved_form(state, plain_model, said, asked))
     load_strictly(model, state, str(checkpoint))
     return model, str(checkpoint)
 

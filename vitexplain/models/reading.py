@@ -34,6 +34,10 @@ _MIXED = 0.1  # a norm over all tokens moves each a little
 WITHOUT_SEED = "Methods that need no seed row work: gradcam"
 
 
+class UnmeasuredError(UnsupportedModelError):
+    """How a head reads the tokens cannot be measured, which says nothing of how it does."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """How a head reads the final tokens, as it was found with images of one size.
@@ -111,9 +115,12 @@ def find_reading(adapter: ModelAdapter, seen: Forward, images: Tensor, *, carrie
 
 
 def bottom_left_changed(images: Tensor, grid: tuple[int, int], extent: Extent | None) -> Tensor:
-    """The same images (B, C, H, W) with another patch at the bottom left of a grid (h, w), which takes up `extent`."""
+    """The same images (B, C, H, W) with another patch at the bottom left of a grid (h, w), which takes up `extent`.
+
+    Its pixels come from the bottom right: a model may take no others than the image has.
+    """
     own = patch_of_pixel(images.shape[-2:], grid, extent) == (grid[0] - 1) * grid[1]
-    return torch.where(own.to(images.device), -images, images)
+    return torch.where(own.to(images.device), images.flip(-1), images)
 
 
 def check_order(before: Tensor, after: Tensor, layout: TokenLayout) -> None:
@@ -139,7 +146,9 @@ def check_order(before: Tensor, after: Tensor, layout: TokenLayout) -> None:
 
 
 def check_values(before: Tensor, after: Tensor, values: Tensor, changed: Tensor) -> None:
-    """Attention mixes tokens, not channels, and in the order of the block: where no token moved, no value did.
+    """Attention mixes tokens, not channels, and in the order of the block: where a token moved, its own value does.
+
+    A few around it may, as where a block convolves its tokens before it makes values of them.
 
     Args:
         before: tokens (1, N, D) that enter a block.
@@ -148,16 +157,17 @@ def check_values(before: Tensor, after: Tensor, values: Tensor, changed: Tensor)
         changed: the same of the other image.
 
     Raises:
-        UnsupportedModelError: a value moved in a row whose token stayed.
+        UnsupportedModelError: its own value stayed, or most of the others moved.
     """
-    stayed = _moved(before, after) <= _SHARE * _moved(before, after).max()
-    moved = _moved(values.flatten(0, 1), changed.flatten(0, 1))
-    rows = int((moved[stayed] > _MIXED * moved.max()).sum())
-    if rows:
+    tokens, values_moved = _moved(before, after), _moved(values.flatten(0, 1), changed.flatten(0, 1))
+    moved = values_moved > _MIXED * values_moved.max()
+    stayed = tokens <= _SHARE * tokens.max()
+    rows, own = int(moved[stayed].sum()), int(tokens.argmax())
+    if not moved[own] or 2 * rows > int(stayed.sum()):
         raise UnsupportedModelError(
-            f"where one patch changed, {rows} values of attention moved that belong to other tokens: attention runs "
-            "over channels, or over tokens in another order; expected the block's own tokens. Such models need a "
-            "ModelAdapter"
+            f"where the patch of token {own} changed, {rows} values of attention moved that belong to other tokens, "
+            f"and its own {'too' if moved[own] else 'did not'}: attention runs over channels, or over tokens in "
+            "another order; expected the block's own tokens. Such models need a ModelAdapter"
         )
 
 
@@ -183,7 +193,7 @@ def reads_alone(adapter: ModelAdapter, module: nn.Module, images: Tensor) -> boo
     with _replacing(module, keep):
         before = _logits(adapter, images)
     with _replacing(module, lambda _: held.pop(0)):
-        after = _logits(adapter, -images.flip(-1))
+        after = _logits(adapter, 0.5 * images.flip(-1))
     tolerance = _ALIKE if before.dtype.itemsize > 2 else _ALIKE_IN_HALF
     return bool((after - before).abs().max() <= tolerance * before.abs().max())
 
@@ -195,7 +205,8 @@ def measured_pooling(adapter: ModelAdapter, images: Tensor) -> Tensor:
     a learned function of their content, without attention that can be seen, looks like a mean here.
 
     Raises:
-        UnsupportedModelError: the head does not read them, or picks them by their values.
+        UnmeasuredError: the head does not read them, as far as gradients tell.
+        UnsupportedModelError: it picks them by their values.
     """
     weights = _head_gradients(adapter, images, _all_equal).norm(dim=-1)
     weights = torch.where(weights < 1e-6 * weights.max(), 0.0, weights)
@@ -334,7 +345,7 @@ def _head_gradients(
         directions: how many of the logits are followed.
 
     Raises:
-        UnsupportedModelError: the head does not read them.
+        UnmeasuredError: there are no gradients, or none but zero.
     """
     leaf: list[Tensor] = []
 
@@ -347,8 +358,16 @@ def _head_gradients(
         with _replacing(adapter.blocks[-1].block, replace_tokens):
             logits = adapter.logits(images).float()
         gradients = _absolute_gradients(logits, leaf[0], directions) if logits.requires_grad else None
-    if gradients is None or not gradients.any():
-        raise UnsupportedModelError("the head does not read the last block's tokens: no seed row can be found")
+    if gradients is None:
+        raise UnmeasuredError(
+            "no gradient leads from the logits to the blocks, so no seed row can be found: the head does not read the "
+            "last block's tokens, or the model runs its blocks where gradients are switched off (torch.no_grad())"
+        )
+    if not gradients.any() or not gradients.isfinite().all():
+        raise UnmeasuredError(
+            "the head does not read the last block's tokens: no seed row can be found. Or its weights are all zero; "
+            "train it first, or give it small random weights"
+        )
     return gradients.flatten(0, -2).cpu()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import ExplanationWarning, InputError
 from .timm_family import is_timm_transformer
 
 _logger = logging.getLogger(__name__)
@@ -21,20 +22,26 @@ def classifiers_of(model: nn.Module) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def saved_form(state: Mapping[str, Tensor], model: nn.Module, asked: tuple[int, int] | None) -> dict[str, Any]:
+def saved_form(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    said: tuple[int, int] | None,
+    asked: tuple[int, int] | None,
+) -> dict[str, Any]:
     """What `timm.create_model` has to be told to build the model that weights were saved from.
 
     Args:
         state: the weights.
         model: the architecture as it is built when nothing is said; its tensors need no content.
-        asked: the input size that the user names, if any: it tells grids that are not square.
+        said: the input size that a card beside the weights says, if any.
+        asked: the input size that the user names, if any: without a card it tells grids that cannot be square.
 
     Returns:
         ``num_classes`` and ``img_size``, as far as the weights tell them.
     """
     heads = [state[key] for name in classifiers_of(model) if (key := f"{name}.weight") in state]
     options: dict[str, Any] = {"num_classes": len(heads[0])} if heads and heads[0].ndim > 1 else {}
-    size = _saved_size(state, model, asked)
+    size = _saved_size(state, model, said, asked)
     return options if size is None else {**options, "img_size": size}
 
 
@@ -65,8 +72,10 @@ def set_input_size(model: nn.Module, size: tuple[int, int]) -> None:
     )
 
 
-def _saved_size(state: Mapping[str, Tensor], model: nn.Module, asked: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The input size that weights were saved for, where it is another than the architecture's own and they tell it."""
+def _saved_size(
+    state: Mapping[str, Tensor], model: nn.Module, said: tuple[int, int] | None, asked: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """The input size that weights were saved for, where it is another than the architecture's own and can be told."""
     own, saved = getattr(model, "pos_embed", None), state.get("pos_embed")
     embed: Any = getattr(model, "patch_embed", None)
     grid = getattr(embed, "grid_size", None)
@@ -74,13 +83,27 @@ def _saved_size(state: Mapping[str, Tensor], model: nn.Module, asked: tuple[int,
         return None
     prefix = own.shape[1] - math.prod(grid)
     patches = saved.shape[1] - prefix
-    if saved.shape[1] == own.shape[1] or patches < 1:
+    if patches < 1:
         return None
     height, width = _pixels_of_a_patch(embed)
-    if asked is not None and asked[0] * asked[1] == patches * height * width:
-        return asked
+    area = patches * height * width
+    if said is not None and said[0] * said[1] == area:
+        return said
     side = math.isqrt(patches)
-    return (side * height, side * width) if side * side == patches else None
+    square = (side * height, side * width) if side * side == patches else None
+    taken = tuple(embed.img_size) if saved.shape[1] == own.shape[1] else square
+    fitting = None if asked is None or asked[0] * asked[1] != area else asked
+    if taken is None:
+        return fitting
+    if fitting is not None and fitting != taken:
+        warnings.warn(
+            f"the weights may be of images of {fitting[0]}×{fitting[1]} pixels or of {taken[0]}×{taken[1]}, which "
+            "have as many patches; taken for the latter, and resampled. If that is wrong, build the model with timm "
+            "(img_size=…), load them, and explain that",
+            ExplanationWarning,
+            stacklevel=5,
+        )
+    return None if taken == tuple(embed.img_size) else taken
 
 
 def _pixels_of_a_patch(embed: Any) -> tuple[int, int]:

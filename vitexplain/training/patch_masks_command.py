@@ -98,7 +98,7 @@ def train_pm_command(
     kept: Sequence[Example] = []
     if validation:
         kept, masked = held_out(masked, _random_order(masked, settings.seed), validation)
-        if annotated == data:  # the same pictures, which are not to be trained on by their labels either
+        if annotated in (None, data):  # the same pictures, which are not to be trained on by their labels either
             labelled = apart_from(labelled, kept)
     if not len(masked):
         raise InputError(f"found {len(kept)} images with masks, all kept by --validation; expected some to train on")
