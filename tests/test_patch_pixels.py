@@ -352,6 +352,19 @@ class TestHeatmaps:
         assert layer(scores, size, signed=False).patches != layer(scores, size, signed=False, extent=(56, 70)).patches
 
 
+def measured(size: tuple[int, int]) -> tuple[Tensor, MetricBatch]:
+    """What patches contribute to class 1 of `summing`, and a batch of it."""
+    adapter, contributions, image = summing(size)
+    batch = MetricBatch(
+        contributions[None],
+        targets=torch.tensor([1]),
+        inputs=image,
+        predictor=Predictor(adapter),
+        extent=adapter.extent(size),
+    )
+    return contributions, batch
+
+
 class TestMetrics:
     @pytest.mark.parametrize(("size", "grid", "patch"), PLACES)
     def test_pixels_are_ranked_with_their_patch(self, size: tuple[int, int], grid: tuple[int, int], patch: int) -> None:
@@ -364,14 +377,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("size", [(29, 37), (22, 27)])
     def test_sums_of_patches_foretell_their_removal(self, size: tuple[int, int]) -> None:
-        adapter, contributions, image = summing(size)
-        batch = MetricBatch(
-            contributions[None],
-            targets=torch.tensor([1]),
-            inputs=image,
-            predictor=Predictor(adapter),
-            extent=adapter.extent(size),
-        )
+        _, batch = measured(size)
         options = {"replacement": "zeros", "draws": 20, "share": 0.3}
         found = create_metric("faithfulness_correlation", **options).measure(batch)["correlation"]
         torch.testing.assert_close(found, torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-6)
@@ -380,14 +386,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("size", [(29, 37), (22, 27)])
     def test_curves_of_patches_fall_as_on_paper(self, size: tuple[int, int]) -> None:
-        adapter, contributions, image = summing(size)
-        batch = MetricBatch(
-            contributions[None],
-            targets=torch.tensor([1]),
-            inputs=image,
-            predictor=Predictor(adapter),
-            extent=adapter.extent(size),
-        )
+        contributions, batch = measured(size)
         metric = create_metric("deletion", order="patches", steps=12)
         left = contributions.flatten().double().sort().values.cumsum(0).flip(0)
         expected = torch.cat([left, torch.zeros(1, dtype=torch.float64)]).sigmoid()

@@ -19,7 +19,8 @@ from .findings import FoundBlock, carries_stream, find_blocks, find_grid
 from .layer_scale import Joined, layer_scales
 from .probe import first_tensor, watch
 from .projections import describe
-from .reading import bottom_left_changed, check_order, check_values, find_reading
+from .reading import find_reading
+from .token_order import bottom_left_changed, check_order, check_values
 from .unknown import UnknownModelAdapter
 
 if TYPE_CHECKING:

@@ -108,25 +108,8 @@ def read_checkpoint_card(weights: Path) -> dict[str, Any]:
         CheckpointError: the description is missing, is not JSON or names no architecture.
     """
     path = weights.with_suffix(".json")
-    card = read_card(path)
-    if not isinstance(card, dict) or not isinstance(card.get("architecture"), dict):
-        raise CheckpointError(
-            f"{path} has no 'architecture' entry, expected what `vitexplain train classifier` writes. {_OF_TIMM}"
-        )
-    return card
-
-
-def read_card(path: Path) -> Any:
-    """Returns what a JSON description holds.
-
-    Args:
-        path: the ``.json`` file.
-
-    Raises:
-        CheckpointError: it is missing or is not JSON.
-    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}. Expected the description written with the weights; "
@@ -137,6 +120,11 @@ def read_card(path: Path) -> Any:
             f"{path} is not JSON ({error}). Expected the description written with the weights; train again, or move it "
             "away if it is something else."
         ) from error
+    if not isinstance(card, dict) or not isinstance(card.get("architecture"), dict):
+        raise CheckpointError(
+            f"{path} has no 'architecture' entry, expected what `vitexplain train classifier` writes. {_OF_TIMM}"
+        )
+    return card
 
 
 def load_checkpoint(weights: str | Path) -> nn.Module:

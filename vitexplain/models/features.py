@@ -15,7 +15,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, to_tokens
 from .adapter import BlockModules
 from .limited import LimitedAdapter
-from .reading import bottom_left_changed
+from .token_order import bottom_left_changed
 
 if TYPE_CHECKING:
     from ..needs import Needs

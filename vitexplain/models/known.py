@@ -18,7 +18,8 @@ from ..errors import InputError, UnsupportedModelError
 from ..layout import to_tokens
 from .adapter import ModelAdapter
 from .probe import Forward, ModuleCall, watch
-from .reading import Reading, UnmeasuredError, bottom_left_changed, check_order, find_reading
+from .reading import Reading, UnmeasuredError, find_reading
+from .token_order import bottom_left_changed, check_order
 
 _PATCHES = (6, 4)  # of an image to find things out with, where the model takes any size
 

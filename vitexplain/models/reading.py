@@ -1,4 +1,4 @@
-"""How a model's head reads the final tokens, and in which order tokens come: measured, and never taken from a class.
+"""How a model's head reads the final tokens: measured, and never taken from a class.
 
 A head without attention is measured: with all final tokens made equal, the gradient at each is proportional to the
 weight with which the head reads it. One attention behind the last block is the seed row itself, where its keys are
@@ -19,17 +19,14 @@ from torch import Tensor, nn
 from ..borrowing import borrowed
 from ..combination import Combination, WithoutFirstKeys
 from ..errors import UnsupportedModelError
-from ..layout import TokenLayout
-from ..patch_pixels import Extent, patch_of_pixel
 from .adapter import BlockModules, ModelAdapter
 from .probe import AttentionCall, Forward, watch
+from .token_order import rows_moved
 
 _DIRECTIONS = 3  # of the logits, to tell what these do not depend on from what half precision rounds to zero
 _SCALES = (2.0**10, 1.0)  # of a gradient in half precision: the first that leaves it finite
 _ALIKE, _ALIKE_IN_HALF = 1e-4, 1e-2  # of the largest logit
 _STILL = 1e-4  # of what moves most: a mean over thousands of tokens still shows
-_SHARE = 1e-3
-_MIXED = 0.1  # a norm over all tokens moves each a little
 
 WITHOUT_SEED = "Methods that need no seed row work: gradcam"
 
@@ -112,63 +109,6 @@ def find_reading(adapter: ModelAdapter, seen: Forward, images: Tensor, *, carrie
         refusal="with the last block's output held fixed, the logits still change with the image: the head reads other "
         f"blocks as well, or the image itself; expected one that reads the last block alone. {WITHOUT_SEED}",
     )
-
-
-def bottom_left_changed(images: Tensor, grid: tuple[int, int], extent: Extent | None) -> Tensor:
-    """The same images (B, C, H, W) with another patch at the bottom left of a grid (h, w), which takes up `extent`.
-
-    Its pixels come from the bottom right: a model may take no others than the image has.
-    """
-    own = patch_of_pixel(images.shape[-2:], grid, extent) == (grid[0] - 1) * grid[1]
-    return torch.where(own.to(images.device), images.flip(-1), images)
-
-
-def check_order(before: Tensor, after: Tensor, layout: TokenLayout) -> None:
-    """Prefix tokens come first and patches row by row: a change at the bottom left reaches one place most.
-
-    Args:
-        before: tokens (1, N, D) that enter the first block.
-        after: the same with another patch at the bottom left of the image.
-        layout: theirs.
-
-    Raises:
-        UnsupportedModelError: the patch is another token, or reaches the prefix.
-    """
-    moved = _moved(before, after)
-    prefix, (h, w) = layout.prefix, layout.grid
-    expected = prefix + (h - 1) * w
-    reached = bool((moved[:prefix] > _SHARE * moved.max()).any())
-    if reached or len(moved) != layout.count or int(moved.argmax()) != expected:
-        raise UnsupportedModelError(
-            f"the bottom left patch is token {int(moved.argmax())} of {len(moved)}; expected {expected} of "
-            f"{layout.count}, after {prefix} prefix tokens, with patches row by row. Another order needs a ModelAdapter"
-        )
-
-
-def check_values(before: Tensor, after: Tensor, values: Tensor, changed: Tensor) -> None:
-    """Attention mixes tokens, not channels, and in the order of the block: where a token moved, its own value does.
-
-    A few around it may, as where a block convolves its tokens before it makes values of them.
-
-    Args:
-        before: tokens (1, N, D) that enter a block.
-        after: the same of another image.
-        values: of its attention (1, H, N, dh).
-        changed: the same of the other image.
-
-    Raises:
-        UnsupportedModelError: its own value stayed, or most of the others moved.
-    """
-    tokens, values_moved = _moved(before, after), _moved(values.flatten(0, 1), changed.flatten(0, 1))
-    moved = values_moved > _MIXED * values_moved.max()
-    stayed = tokens <= _SHARE * tokens.max()
-    rows, own = int(moved[stayed].sum()), int(tokens.argmax())
-    if not moved[own] or 2 * rows > int(stayed.sum()):
-        raise UnsupportedModelError(
-            f"where the patch of token {own} changed, {rows} values of attention moved that belong to other tokens, "
-            f"and its own {'too' if moved[own] else 'did not'}: attention runs over channels, or over tokens in "
-            "another order; expected the block's own tokens. Such models need a ModelAdapter"
-        )
 
 
 def reads(adapter: ModelAdapter, module: nn.Module, images: Tensor) -> bool:
@@ -271,15 +211,9 @@ def _keys_are_tokens(adapter: ModelAdapter, seen: Forward, images: Tensor, call:
 
     with _replacing(adapter.blocks[-1].block, change):
         again = watch(adapter, images).attentions[seen.attentions.index(call)]
-    moved = _moved(call.operands.v.flatten(0, 1), again.operands.v.flatten(0, 1))
+    moved = rows_moved(call.operands.v.flatten(0, 1), again.operands.v.flatten(0, 1))
     rows = (moved > _STILL * moved.max()).nonzero().flatten().tolist()
     return bool(rows == [token + call.operands.num_keys - tokens])
-
-
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """(N,) how far each row of states (…, N, D) moved, at most."""
-    moved = (before - after).abs().float()
-    return moved.amax((0, 2))
 
 
 @contextmanager
