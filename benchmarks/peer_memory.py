@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,6 @@ from .peer_libraries import Subject
 from .peer_methods import PAIRS, Pair, Plan
 from .processes import Processes
 
-LOADED = (__name__, "captum.attr", "pytorch_grad_cam", "torchcam.methods", "quantus")
-"""What every process has loaded; what is not installed fails in the rows that need it."""
-
 START = 60.0
 """Seconds that a process may take before it measures."""
 PATIENCE = 4.0
@@ -26,8 +23,8 @@ PATIENCE = 4.0
 
 def memory_cells(
     place: dict[str, Any], pairs: Mapping[str, Pair], plans: Mapping[str, Plan], alone: Processes, allowed: int
-) -> list[MemoryCell]:
-    """Measures both sides of all pairs and the plain passes; weights are random.
+) -> Iterator[MemoryCell]:
+    """Measures the plain passes and both sides of all pairs, one after the other; weights are random.
 
     Args:
         place: the fields of a cell that say where it is measured, besides the pair.
@@ -41,28 +38,24 @@ def memory_cells(
     def measured(name: str, side: str, call: float) -> dict[str, Any] | str:
         return alone.measure(measure_here, [name, side, *where], START + PATIENCE * call)
 
-    longest = max(plans[name].call for name in pairs)
-    plain = {name: measured(name, "plain", longest) for name in (FORWARD, FORWARD_BACKWARD)}
+    longest = max((plans[name].call for name in pairs), default=0.0)
+    plain = {name: measured(name, "plain", longest) for name in (FORWARD, FORWARD_BACKWARD) if pairs}
     reference = {name: each["process"] for name, each in plain.items() if isinstance(each, dict)}
-    cells = []
     for name, pair in pairs.items():
         found = {side: measured(name, side, plans[name].call) for side in ("ours", "peer")}
         figures = {side: each["process"] for side, each in found.items() if isinstance(each, dict)}
         failures: dict[str, Any] = {
             f"{side}_failure": without_places(each)[:150] for side, each in found.items() if isinstance(each, str)
         }
-        cells.append(
-            MemoryCell(
-                **place,
-                **pair.names(name),
-                forward_mebibytes=reference.get(FORWARD),
-                backward_mebibytes=reference.get(FORWARD_BACKWARD),
-                ours_mebibytes=figures.get("ours"),
-                peer_mebibytes=figures.get("peer"),
-                **failures,
-            )
+        yield MemoryCell(
+            **place,
+            **pair.names(name),
+            forward_mebibytes=reference.get(FORWARD),
+            backward_mebibytes=reference.get(FORWARD_BACKWARD),
+            ours_mebibytes=figures.get("ours"),
+            peer_mebibytes=figures.get("peer"),
+            **failures,
         )
-    return cells
 
 
 def measure_here(
@@ -78,12 +71,17 @@ def measure_here(
             return lambda: plain(of.model, of.images)
         return {"ours": PAIRS[name].run_ours, "peer": PAIRS[name].run_peer}[side](of)
 
-    def random_subject(size: int, batch: int, **options: Any) -> Subject:
-        return Subject(
-            random_vit(model_name, size, **options), random_images(batch, size), torch.zeros(batch, dtype=torch.long)
-        )
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run_of(random_subject(96, 1, depth=4))()  # loads what is loaded lazily
-        return {"process": resident_rise(run_of(random_subject(size, batch)))}
+        run_of(small_subject(model_name))()  # loads what is loaded lazily
+        return {"process": resident_rise(run_of(_random_subject(model_name, size, batch)))}
+
+
+def small_subject(model_name: str) -> Subject:
+    """What takes little time, for a first call."""
+    return _random_subject(model_name, 96, 1, depth=4)
+
+
+def _random_subject(model_name: str, size: int, batch: int, **options: Any) -> Subject:
+    model = random_vit(model_name, size, **options)
+    return Subject(model, random_images(batch, size), torch.zeros(batch, dtype=torch.long))

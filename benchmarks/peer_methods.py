@@ -108,6 +108,11 @@ class Plan:
         return max(int(self.seconds // self.call), 1) if self.call <= self.longest else 0
 
     @property
+    def whole(self) -> float:
+        """Seconds that all calls take, about."""
+        return self.call * (self.rounds + self.warm)
+
+    @property
     def left_out(self) -> str:
         """Why the pair does not run, if it does not."""
         if self.rounds:
@@ -137,25 +142,21 @@ def attempt(run: Callable[[], Outcome]) -> Outcome:
 
 @dataclass
 class Side:
-    """One side of a pair, called once a round; it works in the rounds of its plan, until it fails.
+    """One side of a pair, called once a round; it works until it fails.
 
     Attributes:
         run: the work; None where it could not be prepared.
-        plan: of the pair.
         outcome: what the first call gave; a `Failure` after one in any call.
-        called: how often it was called.
     """
 
     run: Run | None
-    plan: Plan
     outcome: Outcome = None
-    called: int = 0
 
     @classmethod
-    def of(cls, prepare: Prepare, subject: Subject, plan: Plan, *, called: int = 0) -> Side:
-        """Ready to run, or failed; `called` is 1 where no call goes before the rounds of any pair."""
+    def of(cls, prepare: Prepare, subject: Subject) -> Side:
+        """Ready to run, or failed."""
         run = attempt(lambda: prepare(subject))
-        return cls(None, plan, run, called) if isinstance(run, Failure) else cls(run, plan, called=called)
+        return cls(None, run) if isinstance(run, Failure) else cls(run)
 
     @property
     def failure(self) -> str:
@@ -163,13 +164,10 @@ class Side:
         return self.outcome.text if isinstance(self.outcome, Failure) else ""
 
     def __call__(self) -> None:
-        """The first call is the one before the rounds."""
-        wanted = range(0 if self.plan.warm else 1, self.plan.rounds + 1)
-        if self.run is not None and not self.failure and self.called in wanted:
+        if self.run is not None and not self.failure:
             found = attempt(self.run)
             if self.outcome is None or isinstance(found, Failure):
                 self.outcome = found
-        self.called += 1
 
 
 def passes(count: float) -> Cost:

@@ -3,38 +3,34 @@
 ``python -m vitexplain.benchmarks.peers --data … --output benchmarks/results``
 
 One command measures the whole list, and begins new tables. Same model, images, classes and process for both sides of a
-pair, and for the plain passes; all of them in turn, round after round, as in `speed`. Memory is measured as in
-`memory`, each side in a process of its own, one after the other beside the times: leave it a core. A cell is one pair,
-model, image size and batch. A pair has a given time in each place: the plain forward pass is timed there, and from it
-follows how many rounds fit. One round there is in any case, but for a pair of which one call takes too long: it is left
-out, with a row that says so, as a side that fails has a row that says how. Cells are written as they come, the cheap
-places first, so that a run that is cut short leaves most of them.
+pair, and for the plain passes; all of them in turn, round after round, as in `speed`. The next pair has another
+process. Memory is measured as in `memory`, each side in a process of its own, one after the other beside the times:
+leave it a core. A cell is one pair, model, image size and batch. A pair has a given time in each place: the plain
+forward pass is timed there, and from it follows how many rounds fit. One round there is in any case, but for a pair of
+which one call takes too long: it is left out, with a row that says so, as a side that fails has a row that says how.
+Cells are written as they come, the cheap places first, so that a run that is cut short leaves most of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from vitexplain import explainer
-
+from . import peer_memory, peer_times
 from .measuring import (
     forward,
     load_vit,
@@ -42,36 +38,21 @@ from .measuring import (
     random_images,
     random_vit,
 )
-from .memory import available_memory, limit_memory
+from .memory import available_memory
 from .peer_cells import Cell, MemoryCell, TimeCell
-from .peer_libraries import Subject
-from .peer_memory import LOADED, memory_cells
-from .peer_methods import PAIRS, Failure, Pair, Plan, attempt
+from .peer_methods import PAIRS, Pair, Plan
 from .peer_report import add_cells
-from .peer_times import time_cells
 from .processes import Processes
 
 HALF = 0.48
 """Share of the free memory that a process may take, of two at a time."""
 
 _MODULE = "vitexplain.benchmarks.peers"
+_LOADED = (peer_times.__name__, "captum.attr", "pytorch_grad_cam", "torchcam.methods", "quantus")
+"""What every process has loaded; what is not installed fails in the rows that need it."""
 
 _WRITING = Lock()
 _Cell = TypeVar("_Cell", bound=Cell)
-
-
-def subject(model: nn.Module, size: int, batch: int, data: Path | None) -> Subject:
-    """Model, images and predicted classes; pictures of a folder of test data, or noise without one."""
-    images = random_images(batch, size) if data is None else _pictures(model, data, batch, size)
-    return Subject(model, images, forward(model, images).argmax(1).clone())
-
-
-def _pictures(model: Any, data: Path, batch: int, size: int) -> Tensor:
-    files = sorted(path for path in (data / "xai_samples").iterdir() if path.suffix in (".jpg", ".png"))
-    if not files:
-        raise SystemExit(f"found no pictures in {data / 'xai_samples'}: leave --data out for random images")
-    prepared = explainer.Subject.of(model).prepare([files[index % len(files)] for index in range(batch)])
-    return F.interpolate(prepared, (size, size), mode="bicubic", antialias=True)
 
 
 def forward_seconds(model: nn.Module, size: int) -> float:
@@ -99,38 +80,49 @@ def measure_place(
     facts: str,
     allowed: int,
     beside: Executor,
-    alone: Processes | None,
+    timing: Processes | None,
+    weighing: Processes | None,
 ) -> Future[None] | None:
-    """Adds the cells of one model, image size and batch to the tables, whatever fails there.
+    """Adds the cells of one model, image size and batch to the tables, as they come.
+
+    Args:
+        name: of the model.
+        size: image side in pixels.
+        batch: number of images.
+        options: of the command line.
+        facts: command and machine.
+        allowed: bytes that a process may take.
+        beside: runs what measures memory.
+        timing: gives each pair a process; None where times are not measured.
+        weighing: gives each side of a pair one; None where memory is not measured.
 
     Returns:
-        The memory cells on their way, which `beside` measures meanwhile; None without processes.
+        The memory cells on their way, which `beside` measures meanwhile; None without `weighing`.
     """
-    _give_back()
     pairs = {each: PAIRS[each] for each in options.only}
     model: Any
     model, weights = load_vit(name, size, options.data)
     plain, shape = batch * forward_seconds(model, size), (model.patch_embed.num_patches, model.embed_dim)
+    del model
+    gc.collect()
     limits = options.seconds, options.rounds, options.longest
     plans = {each: Plan(plain * pair.cost(*shape), *limits) for each, pair in pairs.items()}
     reasons = {each: plan.left_out for each, plan in plans.items()}
     fitting = {each: pair for each, pair in pairs.items() if not reasons[each]}
     place: dict[str, Any] = {"model": name, "size": size, "batch": batch, "threads": options.threads, "facts": facts}
 
-    def add(kind: type[_Cell], where: dict[str, Any], measured: Callable[[], list[_Cell]]) -> None:
-        found = attempt(measured) if fitting else []
-        if isinstance(found, Failure):  # of a plain pass, as sides keep theirs
-            found = left_out(kind, where, fitting, dict.fromkeys(fitting, found.text))
-        with _WRITING:
-            add_cells(kind, [*found, *left_out(kind, where, pairs, reasons)], options.output, list(PAIRS))
+    def add(kind: type[_Cell], where: dict[str, Any], measured: Iterable[_Cell]) -> None:
+        for each in (*left_out(kind, where, pairs, reasons), *measured):
+            with _WRITING:
+                add_cells(kind, [each], options.output, list(PAIRS))
 
-    held = {**place, "weights": "random"}
     memory = None
-    if alone is not None:
-        memory = beside.submit(add, MemoryCell, held, lambda: memory_cells(held, fitting, plans, alone, allowed))
-    if options.what != "memory":
+    if weighing is not None:
+        held = {**place, "weights": "random"}
+        memory = beside.submit(add, MemoryCell, held, peer_memory.memory_cells(held, fitting, plans, weighing, allowed))
+    if timing is not None:
         timed = {**place, "weights": weights, "load": round(os.getloadavg()[0], 1)}
-        add(TimeCell, timed, lambda: time_cells(timed, subject(model, size, batch, options.data), fitting, plans))
+        add(TimeCell, timed, peer_times.time_cells(timed, fitting, plans, timing, allowed, options.data))
     return memory
 
 
@@ -163,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"found --share {options.share:g}, expected a number above 0 and below 1")
     if unknown := sorted(set(options.only) - PAIRS.keys()):
         parser.error(f"unknown pairs {unknown}; there are {', '.join(PAIRS)}")
+    if options.data is not None and not peer_times.picture_files(options.data):
+        parser.error(f"found no pictures in {options.data / 'xai_samples'}: leave --data out for random images")
     places = _places(options)
     if not options.add:
         for kind in (TimeCell, MemoryCell):
@@ -170,10 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     allowed = int(options.share * available_memory())
     settings = f"{options.threads} threads, {allowed / 2**30:.1f} GiB a process"
     facts = machine_facts(_MODULE, _without_paths(given), f"{settings}; {_versions()}")
-    processes = nullcontext() if options.what == "time" else Processes(LOADED)
-    with processes as alone, _settings(options.threads, allowed), ThreadPoolExecutor(1) as beside:
+    timed = nullcontext() if options.what == "memory" else Processes(_LOADED, {})
+    weighed = nullcontext() if options.what == "time" else Processes(_LOADED)
+    with timed as timing, weighed as weighing, _threads(options.threads), ThreadPoolExecutor(1) as beside:
         try:
-            on_their_way = [measure_place(*place, options, facts, allowed, beside, alone) for place in places]
+            on_their_way = [
+                measure_place(*place, options, facts, allowed, beside, timing, weighing) for place in places
+            ]
             for memory in filter(None, on_their_way):
                 memory.result()
         except BaseException:
@@ -183,33 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def _settings(threads: int, allowed: int) -> Iterator[None]:
-    """This process's threads, and so much memory that what needs more raises; both are set back.
-
-    NumPy's threads are held, too: after a peer's decomposition they wait busily, and what runs next would pay for it.
-    """
-    import resource
-
-    before, limits = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_DATA)
-    torch.set_num_threads(threads)
-    limit_memory(allowed)
-    held: AbstractContextManager[Any] = nullcontext()
-    if find_spec("threadpoolctl"):  # comes with the peers that need it
-        held = import_module("threadpoolctl").threadpool_limits(threads)
+def _threads(count: int) -> Iterator[None]:
+    """So many threads for the plain pass from which rounds are planned; set back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        with held:
-            yield
+        yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
         torch.set_num_threads(before)
-
-
-def _give_back() -> None:
-    """Has free memory go back to the system, where the library that holds it can: else large places find none."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _places(options: argparse.Namespace) -> list[tuple[str, int, int]]:

@@ -21,8 +21,12 @@ from typing import Any
 import vitexplain
 from vitexplain.errors import says_out_of_memory
 
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc's settings in every process: one arena; blocks from 64 KiB are mapped alone and unmapped when freed."""
+ALLOCATOR: Mapping[str, str] = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+"""glibc's settings where memory is measured: one arena; blocks from 64 KiB are mapped alone and unmapped when freed."""
 OUT_OF_MEMORY = "out of memory"
 """How a row says so."""
 
@@ -38,12 +42,13 @@ class Processes:
 
     Args:
         loaded: modules that every process has from its start; those that do not import are left to it.
+        settings: environment variables of every process, besides those that are set.
     """
 
-    def __init__(self, loaded: Sequence[str]) -> None:
+    def __init__(self, loaded: Sequence[str], settings: Mapping[str, str] = ALLOCATOR) -> None:
         root = Path(vitexplain.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        self._environment = os.environ | ALLOCATOR | {"PYTHONPATH": path}
+        self._environment = os.environ | dict(settings) | {"PYTHONPATH": path}
         self._command = [sys.executable, "-m", __name__, *loaded]
         self._parent = self._begun()
 

@@ -30,6 +30,7 @@ from vitexplain.benchmarks import (
     peer_report,
     peer_times,
     peers,
+    processes,
     scaling,
 )
 from vitexplain.benchmarks.peer_cells import MemoryCell, TimeCell
@@ -41,7 +42,6 @@ from vitexplain.block_scores import RECORDED, score_blocks
 
 TINY = "vit_tiny_patch16_224"
 SIZE = 64
-AMPLE = Plan(call=1.0, seconds=60.0, most=2, longest=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_twin_is_the_same_model(subject: Subject) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_peers_give_the_same_where_they_are_installed(subject: Subject, package: str, names: list[str]) -> None:
     for name in names:
-        side = Side.of(PAIRS[name].run_peer, subject, AMPLE)
+        side = Side.of(PAIRS[name].run_peer, subject)
         side()
         if importlib.util.find_spec(package) is None:  # then there is a row that says so
             assert side.failure.startswith("ModuleNotFoundError")
@@ -140,9 +140,9 @@ def raising(error: Exception, after: int = 0) -> Prepare:
     return lambda _: run
 
 
-def timed(subject: Subject, pair: Pair, plan: Plan = AMPLE) -> TimeCell:
-    (cell,) = peer_times.time_cells({**PLACE, "load": 0.5}, subject, {"gradcam": pair}, {"gradcam": plan})
-    return cell
+def timed(subject: Subject, pair: Pair, *, rounds: int = 2, warm: bool = True) -> TimeCell:
+    figures = peer_times.figures(subject, pair, rounds, warm)
+    return TimeCell(**PLACE, **pair.names("gradcam"), load=0.5, **figures)
 
 
 def test_a_failing_peer_has_a_row_that_says_how(subject: Subject) -> None:
@@ -197,14 +197,28 @@ def test_a_pair_that_does_not_fit_says_what_it_takes() -> None:
     assert Plan(310.2, 60.0, 7, 300.0).left_out == "about 310 s for one call of both sides, more than --longest 300"
 
 
-@pytest.mark.parametrize(("plan", "calls"), [(Plan(1, 60, 2, 60), [1, 1, 1, 0]), (Plan(40, 60, 2, 60), [0, 1, 0, 0])])
-def test_a_side_works_in_the_rounds_of_its_plan(plan: Plan, calls: list[int]) -> None:
-    done: list[int] = []
-    side = Side(lambda: done.append(1), plan)
-    for expected in calls:
-        before = len(done)
-        side()
-        assert len(done) - before == expected
+@pytest.mark.parametrize(("call", "whole"), [(1.0, 7.0), (25.0, 50.0), (40.0, 40.0), (70.0, 0.0)])
+def test_what_all_calls_of_a_pair_take(call: float, whole: float) -> None:
+    assert Plan(call, seconds=60, most=6, longest=65).whole == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("rounds", "warm", "calls"), [(2, True, 3), (1, False, 1)])
+def test_both_sides_are_called_once_a_round(subject: Subject, rounds: int, warm: bool, calls: int) -> None:
+    done: dict[str, int] = {"ours": 0, "peer": 0}
+
+    def counted(side: str) -> Prepare:
+        def run() -> torch.Tensor:
+            done[side] += 1
+            return torch.arange(2 * SIZE**2).view(2, -1)
+
+        return lambda _: run
+
+    flat = PAIRS["gradcam"].peer_rows
+    pair = replace(PAIRS["gradcam"], run_ours=counted("ours"), run_peer=counted("peer"), ours_rows=flat)
+    cell = timed(subject, pair, rounds=rounds, warm=warm)
+    assert done == {"ours": calls, "peer": calls}
+    assert cell.rounds == rounds
+    assert cell.likeness == (pytest.approx(1), 0)
 
 
 def test_what_pairs_cost() -> None:
@@ -214,14 +228,54 @@ def test_what_pairs_cost() -> None:
     assert all(pair.cost(196, 768) >= 2.3 for pair in PAIRS.values())  # no less than forward + backward
 
 
-def test_pairs_of_other_plans_share_the_rounds(subject: Subject) -> None:
-    plans = {"layer_gradcam": Plan(1, 60, 3, 60), "saliency": Plan(40, 60, 3, 60)}
-    pairs = {name: PAIRS[name] for name in plans}
-    many, one = peer_times.time_cells({**PLACE, "load": 0.5}, subject, pairs, plans)
-    assert (many.rounds, one.rounds) == (3, 1)
+def test_one_round_has_no_spread(subject: Subject) -> None:
+    one = timed(subject, PAIRS["saliency"], rounds=1, warm=False)
     assert one.speedup is not None
     assert one.speedup[0] == one.speedup[1] == one.speedup[2] > 0
     assert one.likeness is not None
+
+
+def test_times_of_each_pair_are_those_of_a_process() -> None:
+    asked: list[tuple[list[Any], float | None]] = []
+
+    class Answering(Processes):
+        def __init__(self) -> None:
+            pass
+
+        def measure(self, measure: Any, task: Any, seconds: float | None = None) -> dict[str, Any] | str:
+            assert measure is peer_times.measure_here
+            asked.append((task, seconds))
+            return "ended with status 1 and no figure" if task[0] == "saliency" else {"rounds": 3, "ours_seconds": 0.5}
+
+    plans = {"layer_gradcam": Plan(1, 60, 3, 60), "saliency": Plan(40, 60, 3, 60)}
+    pairs = {name: PAIRS[name] for name in plans}
+    many, none = peer_times.time_cells({**PLACE, "load": 0.5}, pairs, plans, Answering(), 2**30, Path("data"))
+    assert (many.pair, many.rounds, many.ours_seconds) == ("layer_gradcam", 3, 0.5)
+    assert (none.pair, none.rounds, none.left_out) == ("saliency", 0, "ended with status 1 and no figure")
+    assert asked == [
+        (["layer_gradcam", 3, True, TINY, SIZE, 2, 1, 2**30, "data"], peer_times.START + 4 * peer_times.PATIENCE),
+        (["saliency", 1, False, TINY, SIZE, 2, 1, 2**30, "data"], peer_times.START + 40 * peer_times.PATIENCE),
+    ]
+
+
+class Here(Processes):
+    """Measures in this process: quicker, and what tests change counts."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def measure(self, measure: Any, task: Any, seconds: float | None = None) -> dict[str, Any] | str:
+        found: dict[str, Any] | str = json.loads(processes._attempted(measure.__module__, measure.__name__, task))
+        return found
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "Processes", Here)
+    monkeypatch.setattr(peer_times, "limit_memory", lambda _: None)
 
 
 def tiny_run(folder: Path, *arguments: str) -> str:
@@ -241,6 +295,7 @@ def test_pairs_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pyte
     assert "Failed" not in text
 
 
+@pytest.mark.usefixtures("here")
 def test_where_a_plain_pass_fails_pairs_are_measured_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,11 +321,12 @@ def test_a_share_of_memory_is_a_share(tmp_path: Path, share: str, capsys: pytest
     assert "expected a number above 0 and below 1" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("here")
 def test_a_place_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object) -> Subject:
         raise MemoryError
 
-    monkeypatch.setattr(peers, "subject", no_memory)
+    monkeypatch.setattr(peer_times, "subject", no_memory)
     text = tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
     assert (
         "- Left out (out of memory): 2 of 2 rows: vit_tiny, 32 px, batch 1 (1); vit_tiny, 32 px, batch 2 (1)." in text
@@ -329,9 +385,9 @@ def parent_killed() -> dict[str, Any]:
 def alone() -> Iterator[Processes]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the functions above are found
-        processes = Processes(["no_such_module", "torch"])
-    with processes:
-        yield processes
+        started = Processes(["no_such_module", "torch"])
+    with started:
+        yield started
 
 
 def test_each_measurement_has_a_process_of_its_own(alone: Processes) -> None:
@@ -378,15 +434,15 @@ def test_when_what_starts_them_ends_there_is_a_row_that_says_so(alone: Processes
 def test_leaving_ends_a_measurement_that_runs(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(Path(__file__).parent))
-        processes = Processes([])
-    with processes, ThreadPoolExecutor(1) as beside:
-        running = beside.submit(processes.measure, written_down, [str(tmp_path / "process")])
+        started = Processes([])
+    with started, ThreadPoolExecutor(1) as beside:
+        running = beside.submit(started.measure, written_down, [str(tmp_path / "process")])
         while not (tmp_path / "process").exists():
             assert not running.done()
             time.sleep(0.05)
         child = int((tmp_path / "process").read_text())
         os.kill(child, 0)
-        processes._parent.stdin.close()  # type: ignore[union-attr]
+        started._parent.stdin.close()  # type: ignore[union-attr]
         assert "killed by SIGKILL" in str(running.result(60))
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
@@ -400,6 +456,7 @@ def test_no_place_of_this_machine_gets_into_a_row() -> None:
     assert peer_cells.without_places(message) == "cannot import name 'a' from 'b.c', 3 px/s"
 
 
+@pytest.mark.usefixtures("here")
 def test_cells_of_several_runs_make_one_table(tmp_path: Path) -> None:
     tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
     text = tiny_run(tmp_path, "--batches", "2", "--only", "layer_gradcam,naive_rollout", "--threads", "1", "--add")
@@ -412,6 +469,7 @@ def test_cells_of_several_runs_make_one_table(tmp_path: Path) -> None:
     assert text.count("Command: ") == 2
 
 
+@pytest.mark.usefixtures("here")
 def test_a_run_begins_new_tables(tmp_path: Path) -> None:
     peer_report.add_cells(MemoryCell, [MemoryCell(**PLACE, pair="gradcam", ours="A", peer="P")], tmp_path, list(PAIRS))
     tiny_run(tmp_path, "--batches", "1,2", "--only", "naive_rollout")
@@ -541,8 +599,21 @@ def test_memory_of_both_sides() -> None:
     ]
 
 
+def test_times_do_not_run_under_the_allocator_of_memory() -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent))
+        started = Processes([], {})
+    with started:
+        found = started.measure(answered, [1.0])
+    assert isinstance(found, dict)
+    assert found["allocator"] is None
+
+
 def test_memory_is_measured_beside_the_times(tmp_path: Path) -> None:
     text = tiny_run(tmp_path, "--what", "all", "--batches", "1", "--only", "naive_rollout")
+    (timed_cell,) = peer_cells.read_cells(TimeCell, tmp_path)
+    assert (timed_cell.failure, timed_cell.rounds) == ("", 1)
+    assert timed_cell.speedup is not None
     (cell,) = peer_cells.read_cells(MemoryCell, tmp_path)
     assert cell.failure == ""
     assert cell.ours_mebibytes is not None
