@@ -12,7 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitexplain.bench import figures, open_results
+from vitexplain.bench.command import configure
 from vitexplain.cli import app
+from vitexplain.errors import OptionError
 from vitexplain.locking import locked
 from vitexplain.metrics.catalogue import list_metrics, metric_info
 
@@ -63,6 +65,29 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert configuration["data"] == {"format": "scenes", "root": None, "options": {}, "select": "odd", "limit": 2}
     assert (configuration["seed"], configuration["only_correct"]) == (7, True)
     assert [each["name"] for each in configuration["methods"]] == ["rollout"]
+
+
+def test_what_is_said_of_a_model_without_its_name_is_of_the_files_model(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text(
+        "models: {name: timm:vit_tiny_patch16_224, label: mine, preprocessing: {size: [64, 64], crop_mode: squash}}\n"
+    )
+    (model,) = configure(file, {"labels": "x.json", "preprocessing": {"size": [96, 96]}}, None, {}, {}).models
+    assert (model.name, model.label, model.labels) == ("timm:vit_tiny_patch16_224", "mine", "x.json")
+    assert model.preprocessing == {"size": [96, 96], "crop_mode": "squash"}
+    (model,) = configure(file, {"name": "scenes", "preprocessing": {"size": [96, 96]}}, None, {}, {}).models
+    assert (model.label, model.preprocessing) == ("scenes", {"size": [96, 96]})
+
+    file.write_text("models: [scenes, {name: scenes, label: mine}]\n")
+    with pytest.raises(OptionError, match=r"--preprocessing without --model, and several models .* scenes, mine;"):
+        configure(file, {"preprocessing": {"size": [96, 96]}}, None, {}, {})
+
+
+def test_an_option_of_the_reader_leaves_the_files_others(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("data: {format: scenes, options: {split: test, count: 9}}\n")
+    assert configure(file, {}, None, {"options": {"count": 3}}, {}).data.options == {"split": "test", "count": 3}
+    assert configure(file, {}, "scenes", {"options": {"count": 3}}, {}).data.options == {"count": 3}
 
 
 @pytest.mark.parametrize(

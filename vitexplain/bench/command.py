@@ -110,22 +110,31 @@ def configure(
 
     Args:
         config: YAML file, or None.
-        model: settings of the one model that replaces those of the file; empty for none.
+        model: settings of a model. With a name it replaces those of the file; without, they are of the file's one.
         data: ``FORMAT:ROOT`` that replaces the file's.
-        data_settings: single settings of the data.
+        data_settings: single settings of the data; of its options those that are named.
         given: single settings of the benchmark.
 
     Raises:
+        OptionError: settings of a model without its name, and a file with several.
         VitExplainError: as `BenchConfiguration.from_mapping` and `read_mapping`.
     """
     from .configuration import BenchConfiguration
     from .configuration_file import read_mapping
-    from .entries import DataEntry
+    from .entries import DataEntry, ModelEntry
 
-    given = {**given, **({"models": [model]} if model else {}), **_mapping(data=data)}
+    given = {**given, **({"models": [model]} if "name" in model else {}), **_mapping(data=data)}
     settings = given if config is None else read_mapping(config).overridden(given)
     configuration = BenchConfiguration.from_mapping(settings)
-    return replace(configuration, data=DataEntry.read({**asdict(configuration.data), **data_settings}))
+    if model and "name" not in model:
+        if len(configuration.models) > 1:
+            raise OptionError(
+                f"found {', '.join(f'--{name}' for name in model)} without --model, and several models in {config}: "
+                f"{', '.join(each.label for each in configuration.models)}; say which with --model, or write it there"
+            )
+        one = ModelEntry.read(_updated(asdict(configuration.models[0]), model, "preprocessing"))
+        configuration = replace(configuration, models=(one,))
+    return replace(configuration, data=DataEntry.read(_updated(asdict(configuration.data), data_settings, "options")))
 
 
 def describe_metrics() -> str:
@@ -190,6 +199,11 @@ def _names(text: str | None) -> list[str] | str | None:
     if text is None or text.strip() == "all":
         return text
     return [each.strip() for each in text.split(",") if each.strip()]
+
+
+def _updated(settings: dict[str, Any], given: dict[str, Any], nested: str) -> dict[str, Any]:
+    """The settings with those given in their place, one by one also in the mapping `nested`."""
+    return {**settings, **given, nested: {**settings[nested], **given.get(nested, {})}}
 
 
 def _mapping(**values: Any) -> dict[str, Any]:
