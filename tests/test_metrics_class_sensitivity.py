@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from lighter import get_explainer
 from torch import Tensor
 
 from vitexplain import list_methods, method_info
-from vitexplain.errors import InputError
+from vitexplain.errors import InputError, TargetError
 from vitexplain.metrics.catalogue import create_metric
 from vitexplain.metrics.metric import MetricBatch
 from vitexplain.metrics.predictor import Predictor
@@ -160,13 +160,17 @@ def test_the_other_class_is_the_likeliest_besides_the_explained_one(target: int,
     assert asked == [other]
 
 
-def test_one_class_or_maps_of_another_grid_are_refused() -> None:
+def test_classes_that_are_not_there_and_maps_of_another_grid_are_refused() -> None:
     batch = pair_of(random_maps(0), random_maps(1)[:, :2])
     with pytest.raises(InputError, match="same shape"):
         figures(batch)
     batch.predictor.rows = torch.zeros(6, 1)
     with pytest.raises(InputError, match="two classes"):
         figures(batch)
+    batch.predictor.rows = torch.zeros(6, 2)
+    for target in (-1, 2):
+        with pytest.raises(TargetError, match="expected 0 to 1"):
+            figures(replace(batch, targets=torch.full((6,), target)))
 
 
 @pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")

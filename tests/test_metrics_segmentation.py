@@ -207,5 +207,9 @@ def test_masks_of_other_values_or_sizes_are_refused(name: str) -> None:
     for dtype in (torch.int64, torch.uint8):
         with pytest.raises(InputError, match="255"):
             metric.measure(MetricBatch(scores, masks=torch.full((1, *SIZE), 255, dtype=dtype)))
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+        highest = torch.full((1, *SIZE), torch.iinfo(dtype).max, dtype=dtype)  # not to be taken for -1
+        with pytest.raises(InputError, match="values from"):
+            metric.measure(MetricBatch(scores, masks=highest))
     with pytest.raises(InputError, match="nearest"):
         metric.measure(MetricBatch(scores, masks=torch.ones(1, *SIZE), inputs=torch.zeros(1, 3, 12, 12)))

@@ -16,6 +16,7 @@ from .correlation import pearson, spearman
 from .metric import Metric, MetricBatch
 from .ordering import shared_top
 from .predictor import Predictor
+from .responses import checked_classes
 
 
 @register_metric(
@@ -64,7 +65,7 @@ def _other_maps(batch: MetricBatch) -> Tensor:
     logits = cast("Predictor", batch.predictor).logits(inputs)
     if logits.shape[1] < 2:
         raise InputError("found a model with one output, expected at least two classes to compare maps of")
-    others = logits.scatter(1, targets.to(logits.device)[:, None], -torch.inf).argmax(1)
+    others = logits.scatter(1, checked_classes(targets, logits)[:, None], -torch.inf).argmax(1)
     maps: Tensor = cast("Callable[[Tensor, Tensor], Tensor]", batch.explain)(inputs, others)
     if maps.shape != batch.scores.shape:
         raise InputError(

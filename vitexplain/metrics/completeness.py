@@ -9,7 +9,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import TargetError
 from ..options import option
 from ..patch_pixels import at_pixels
 from .catalogue import Figure, register_metric
@@ -18,6 +17,7 @@ from .draws import generators
 from .metric import Metric, MetricBatch
 from .predictor import Predictor
 from .replacement import REPLACEMENTS, replacement_images
+from .responses import checked_classes
 
 _OUTPUTS = ("logit", "probability")
 
@@ -159,11 +159,7 @@ class _Asked:
     def of(cls, batch: MetricBatch, kind: str, replacement: str, seed: int) -> _Asked:
         predictor = cast("Predictor", batch.predictor)
         logits = predictor.logits(cast("Tensor", batch.inputs))  # the batch's own tensor: they may be known already
-        targets = cast("Tensor", batch.targets).to(logits.device)
-        if bool(((targets < 0) | (targets >= logits.shape[1])).any()):
-            raise TargetError(
-                f"found classes from {int(targets.min())} to {int(targets.max())}, expected 0 to {logits.shape[1] - 1}"
-            )
+        targets = checked_classes(cast("Tensor", batch.targets), logits)
         inputs = predictor.adapter.check_images(cast("Tensor", batch.inputs))
         replaced = replacement_images(replacement, inputs, predictor, seed)
         scores = batch.scores.to(inputs.device).double()

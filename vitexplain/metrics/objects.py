@@ -12,6 +12,14 @@ from ..boxes import boxes_to_masks
 from ..errors import InputError
 from .metric import MetricBatch
 
+_SIGNED = {
+    torch.uint8: torch.int16,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.float64,
+}
+"""Types that hold all numbers of an unsigned one, or near enough to tell them from -1, 0 and 1."""
+
 
 def object_masks(batch: MetricBatch) -> Tensor:
     """The masks of a batch: int8 (B, H, W) on the scores' device; 1 object, 0 background, -1 left out.
@@ -34,10 +42,11 @@ def checked_masks(masks: Tensor) -> Tensor:
     Raises:
         InputError: other values, such as 255 for the object, or another shape.
     """
-    signed = masks.to(torch.int16) if masks.dtype == torch.uint8 else masks  # or 255 would equal -1
+    # the highest unsigned number would equal -1
+    signed = masks.to(_SIGNED[masks.dtype]) if masks.dtype in _SIGNED else masks
     if masks.ndim != 3 or not bool(((signed == 1) | (signed == 0) | (signed == -1)).all()):
         raise InputError(
-            f"found masks of shape {tuple(masks.shape)} with values from {masks.amin()} to {masks.amax()}, expected "
+            f"found masks of shape {tuple(masks.shape)} with values from {signed.amin()} to {signed.amax()}, expected "
             "(B, H, W) of 1 (object), 0 (background) and -1 (left out); masks of 0 and 255 are masks > 0"
         )
     return masks.to(torch.int8)

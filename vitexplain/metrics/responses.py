@@ -37,18 +37,27 @@ class Responses:
             TargetError: the model has no such class.
         """
         predicted = logits.argmax(1)
-        classes = predicted if classes is None else classes.to(predicted)
-        if int(classes.amin()) < 0 or int(classes.amax()) >= logits.shape[1]:
-            raise TargetError(
-                f"found classes from {int(classes.amin())} to {int(classes.amax())}, expected 0 to "
-                f"{logits.shape[1] - 1} for a model of {logits.shape[1]} classes"
-            )
+        classes = predicted if classes is None else checked_classes(classes, logits)
         return cls(logits.double().log_softmax(1).gather(1, classes[:, None])[:, 0], predicted)
 
     @property
     def probability(self) -> Tensor:
         """The softmax at the class that is followed, in [0, 1], float64."""
         return self.log_probability.exp()
+
+
+def checked_classes(classes: Tensor, logits: Tensor) -> Tensor:
+    """Classes (n,) of a model with these logits (n, C), int64 on their device.
+
+    Raises:
+        TargetError: the model has no such class.
+    """
+    lowest, highest, count = int(classes.amin()), int(classes.amax()), logits.shape[1]
+    if lowest < 0 or highest >= count:
+        raise TargetError(
+            f"found classes from {lowest} to {highest}, expected 0 to {count - 1} for a model of {count} classes"
+        )
+    return classes.to(logits.device, torch.int64)
 
 
 @dataclass(frozen=True)
