@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from vitexplain import Explainer, Method, OptionError, TargetError, adapt, create_method
+from vitexplain import Explainer, Method, OptionError, TargetError, UnsupportedModelError, adapt, create_method
 from vitexplain.metrics import RandomisationCheck, randomisation_check, randomisation_checks
 from vitexplain.metrics.randomisation import _copied, _randomise, _stages
 
@@ -254,3 +255,6 @@ def test_what_cannot_be_checked_is_refused() -> None:
     for targets in ((0, 1), [[0, 1], [1, 2]], lambda logits: logits[:, 0]):
         with pytest.raises(TargetError, match="one map an image"):
             randomisation_check("rollout", model, images, targets)
+    model.lock = threading.Lock()
+    with pytest.raises(UnsupportedModelError, match=r"cannot be copied .*lock.*copy\.deepcopy takes"):
+        randomisation_check("rollout", model, images)

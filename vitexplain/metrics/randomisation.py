@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..borrowing import borrowed
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedModelError, is_out_of_memory
 from ..explainer import Subject
 from ..method import Method
 from ..models import adapt
@@ -98,7 +98,7 @@ def randomisation_check(
     Raises:
         OptionError: another order.
         TargetError: a contrast, a function, or several classes an image.
-        UnsupportedModelError: the model, or the method on this model, is not supported.
+        UnsupportedModelError: the model, or the method on this model, is not supported, or the model cannot be copied.
     """
     return randomisation_checks([method], model, images, targets, order=order, batch_size=batch_size, seed=seed)[0]
 
@@ -132,7 +132,7 @@ def randomisation_checks(
     Raises:
         OptionError: another order, or a stage that the model does not have.
         TargetError: a contrast, a function, or several classes an image.
-        UnsupportedModelError: the model, or a method on this model, is not supported.
+        UnsupportedModelError: the model, or a method on this model, is not supported, or the model cannot be copied.
     """
     if order not in get_args(Order):
         raise OptionError(f"found order={order!r}, expected {' or '.join(map(repr, get_args(Order)))}")
@@ -170,8 +170,21 @@ def _asked(stages: Collection[str] | None, there: Sequence[str]) -> Collection[s
 
 
 def _copied(adapter: ModelAdapter, image_size: tuple[int, int]) -> ModelAdapter:
-    """The same kind of adapter on a copy of the model."""
-    model = deepcopy(adapter.model)
+    """The same kind of adapter on a copy of the model.
+
+    Raises:
+        UnsupportedModelError: something on the model does not allow to be copied.
+    """
+    try:
+        model = deepcopy(adapter.model)
+    except Exception as error:  # whatever is on the model says in its own way that it is one of a kind
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"a {type(adapter.model).__name__} cannot be copied ({type(error).__name__}: {error}), and weights become "
+            "random in a copy; expected a model that copy.deepcopy takes. Take off it what stands in the way, such as "
+            "locks, open files and torch.nn.utils.weight_norm, and check again"
+        ) from error
     if isinstance(adapter, UnknownModelAdapter):
         return type(adapter)(model, image_size)
     fresh = adapt(model)
