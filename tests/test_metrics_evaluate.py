@@ -261,6 +261,16 @@ def test_the_table_is_markdown(vit: nn.Module) -> None:
     assert masked.to_markdown().startswith("| method | pixel_average_precision ↑ | pixel_average_precision chance |")
 
 
+def test_figures_of_fewer_images_say_so(vit: nn.Module) -> None:
+    boxes = [[[4.0, 4, 20, 20]], [], *[[[0.0, 0, 9, 9], [20, 4, 40, 30]]] * 5]  # of one image none is known
+    found = evaluate(["rollout", "raw_attention"], IMAGES, ["energy_in_box", Toy()], model=vit, boxes=boxes)
+    for line in found.to_markdown().splitlines()[2:]:
+        energy, chance, *others = line.split(" | ")[1:]
+        assert energy.endswith("] (n = 6)")
+        assert chance.endswith("] (n = 6)")
+        assert not any("n =" in other for other in others)
+
+
 def test_pictures_and_models_by_name() -> None:
     pictures = [Image.fromarray(np.full((60, 80, 3), value, dtype=np.uint8)) for value in (40, 200)]
     found = evaluate("rollout", pictures, Toy(), model="scenes")

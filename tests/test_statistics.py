@@ -283,10 +283,10 @@ def test_a_figure_that_only_describes_gives_no_ranks() -> None:
 
 
 def test_the_table_of_pairs() -> None:
-    rows = {"a": rows_of(x=[1, 1, 1]), "b": rows_of(x=[1, 1, 1])}
+    rows = {"a": rows_of(x=[1, 1, 1]), "b": rows_of(x=[1, math.nan, 1])}
     lines = compare_rows(Toy(), rows, permutations=9).to_markdown().splitlines()
-    assert lines[0] == "| mean | difference | p | p, all pairs |"
-    assert lines[2:] == ["| a − b | 0 [0, 0] | 1 | 1 |"]
+    assert lines[0] == "| mean | difference | n | p | p, all pairs |"
+    assert lines[2:] == ["| a − b | 0 [0, 0] | 2 | 1 | 1 |"]
     assert str(estimates(Toy(), rows_of(x=[0.25]))["mean"]) == "0.25"
 
 

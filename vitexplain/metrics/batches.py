@@ -76,7 +76,7 @@ class Annotations:
         return cls(
             None if labels is None else torch.as_tensor(labels).to(torch.int64),
             None if masks is None else _stacked([torch.as_tensor(each) for each in masks]),
-            None if boxes is None else [torch.as_tensor(each).double() for each in boxes],
+            None if boxes is None else [_boxes(torch.as_tensor(each)) for each in boxes],
         )
 
     def part(self, rows: slice, device: torch.device) -> dict[str, Any]:
@@ -192,6 +192,11 @@ def one_class(target: Target, images: int) -> Target:
         check_length(target, images)
         return target
     raise TargetError("metrics measure one map an image; expected None (the predicted class), a class, or one an image")
+
+
+def _boxes(boxes: Tensor) -> Tensor:
+    """Boxes as float64; an empty list is none of them, and has no second axis."""
+    return boxes.double() if boxes.numel() else torch.zeros(0, 4).double()
 
 
 def _stacked(masks: list[Tensor]) -> Tensor:

@@ -97,7 +97,10 @@ class Evaluation:
         return compare_rows(self.metrics[label], rows, figure, **{"seed": self.settings.get("seed", 0), **options})
 
     def to_markdown(self) -> str:
-        """A table: one row a method; value and interval of each figure, ↑ where more is better and ↓ where less."""
+        """A table: one row a method; value and interval of each figure, ↑ where more is better and ↓ where less.
+
+        A figure that rests on fewer images than were given says on how many.
+        """
         arrows = {True: " ↑", False: " ↓", None: ""}
         columns = [
             (label, figure)
@@ -114,14 +117,20 @@ class Evaluation:
         lines = [["method", *heads], ["---"] * (len(heads) + 1)]
         for method in self.methods:
             found = (self.estimates[method, label].get(figure.name) for label, figure in columns)
-            lines.append([method, *("" if each is None else str(each) for each in found)])
+            lines.append([method, *("" if each is None else self._cell(each) for each in found)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    @property
+    def _images(self) -> int:
+        return len(next(iter(self.rows.values()))["broken"])
+
+    def _cell(self, estimate: Estimate) -> str:
+        return str(estimate) if estimate.n == self._images else f"{estimate} (n = {estimate.n})"
 
     _repr_markdown_ = to_markdown
 
     def __repr__(self) -> str:
-        images = len(next(iter(self.rows.values()))["broken"])
-        return f"Evaluation of {len(self.methods)} methods on {images} images\n{self.to_markdown()}"
+        return f"Evaluation of {len(self.methods)} methods on {self._images} images\n{self.to_markdown()}"
 
 
 def evaluate(

@@ -55,12 +55,13 @@ class Comparison:
     significance: float
 
     def to_markdown(self) -> str:
-        """A table, one row a pair: difference with its interval, p-value, and the same corrected for all pairs."""
+        """A table, one row a pair: difference, its interval and images, p-value, and that corrected for all pairs."""
         lines = [
-            f"| {each.first} − {each.second} | {each.difference} | {each.p_value:.2g} | {each.corrected:.2g} |"
+            f"| {each.first} − {each.second} | {each.difference} | {each.difference.n} "
+            f"| {each.p_value:.2g} | {each.corrected:.2g} |"
             for each in self.pairs
         ]
-        return "\n".join([f"| {self.figure} | difference | p | p, all pairs |", "|---|---|---|---|", *lines])
+        return "\n".join([f"| {self.figure} | difference | n | p | p, all pairs |", "|---|---|---|---|---|", *lines])
 
     _repr_markdown_ = to_markdown
 
