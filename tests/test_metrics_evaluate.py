@@ -199,6 +199,17 @@ def test_what_cannot_be_evaluated_is_refused(vit: nn.Module) -> None:
         evaluate("rollout", IMAGES, Area(), model=vit)
     with pytest.raises(InputError, match="found 2 labels for 7 images"):
         evaluate("rollout", IMAGES, Toy(), model=vit, labels=[0, 1])
+    for nothing in ([], IMAGES[:0]):
+        with pytest.raises(InputError, match="found no images"):
+            evaluate("rollout", nothing, Toy(), model=vit)
+    with pytest.raises(InputError, match="found 3 as labels of 7 images"):
+        evaluate("rollout", IMAGES, Toy(), model=vit, labels=3)
+    for labels in ([0.5] * 7, [[1]] * 7, torch.eye(7)):
+        with pytest.raises(InputError, match="the index of one class"):
+            evaluate("rollout", IMAGES, Toy(), model=vit, labels=labels)
+    for named in ({"labels": ["cat"] * 7}, {"masks": [None] * 7}, {"boxes": [None] * 7}):
+        with pytest.raises(InputError, match=r"found .* expected numbers"):
+            evaluate("rollout", IMAGES, Toy(), model=vit, **named)
     boxes, square = [[]] * 7, torch.eye(32, 48)
     for wrong in (255 * square.to(torch.uint8), 255 * square.long(), 0.9 * square):
         with pytest.raises(InputError, match=r"masks > 0"):

@@ -68,15 +68,20 @@ class Annotations:
         """From lists, arrays or tensors.
 
         Raises:
-            InputError: not one an image, or masks of several sizes or other values than 1, 0 and -1.
+            InputError: not one an image, no numbers, labels that are no whole ones, or masks of several sizes or other
+                values than 1, 0 and -1.
         """
         for name, value in (("labels", labels), ("masks", masks), ("boxes", boxes)):
-            if value is not None and len(value) != images:
+            if value is None:
+                continue
+            if not np.iterable(value):
+                raise InputError(f"found {value!r} as {name} of {images} images, expected a list of one an image")
+            if len(value) != images:
                 raise InputError(f"found {len(value)} {name} for {images} images, expected one an image")
         return cls(
-            None if labels is None else torch.as_tensor(labels).to(torch.int64),
-            None if masks is None else _stacked([torch.as_tensor(each) for each in masks]),
-            None if boxes is None else [_boxes(torch.as_tensor(each)) for each in boxes],
+            None if labels is None else _labels(_numbers("labels", labels)),
+            None if masks is None else _stacked([_numbers("the mask of an image", each) for each in masks]),
+            None if boxes is None else [_boxes(_numbers("the boxes of an image", each)) for each in boxes],
         )
 
     def part(self, rows: slice, device: torch.device) -> dict[str, Any]:
@@ -118,8 +123,8 @@ def metric_batches(
         compiled: whether that forward is compiled; see `Predictor`.
 
     Raises:
-        InputError: annotations of another number than images, a label that is no class of the model, or masks of other
-            values or several sizes.
+        InputError: no images, annotations of another number than these or that are no numbers, a label that is no class
+            of the model, or masks of other values or several sizes.
         TargetError: a contrast, a function, or several classes an image.
         OptionError: a batch size below 1.
     """
@@ -128,6 +133,8 @@ def metric_batches(
     listed: Any = images if isinstance(images, Tensor | list | tuple) else [images]
     listed = listed[None] if isinstance(listed, Tensor) and listed.ndim == 3 else listed
     target = one_class(target, len(listed))
+    if not len(listed):
+        raise InputError("found no images, expected at least one")
     known = Annotations.of(len(listed), labels, masks, boxes)
     for start in range(0, len(listed), batch_size):
         rows = slice(start, start + batch_size)
@@ -192,6 +199,26 @@ def one_class(target: Target, images: int) -> Target:
         check_length(target, images)
         return target
     raise TargetError("metrics measure one map an image; expected None (the predicted class), a class, or one an image")
+
+
+def _numbers(what: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"found {given!r:.80} as {what}, expected numbers: an array, a tensor or a list. Of an image about which "
+            "nothing is known, the boxes are an empty list, and the mask is -1 everywhere"
+        ) from error
+
+
+def _labels(labels: Tensor) -> Tensor:
+    whole = labels.to(torch.int64)
+    if labels.ndim != 1 or not torch.equal(whole.to(labels.dtype), labels):
+        raise InputError(
+            f"found labels of shape {tuple(labels.shape)} and {labels.dtype}, expected (n,) whole numbers: the index "
+            "of one class an image"
+        )
+    return whole
 
 
 def _boxes(boxes: Tensor) -> Tensor:
