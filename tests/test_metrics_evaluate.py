@@ -218,6 +218,9 @@ def test_what_cannot_be_evaluated_is_refused(vit: nn.Module) -> None:
         evaluate("rollout", IMAGES, Area(), model=vit, masks=[*[square] * 6, square[:9]], boxes=boxes)
     with pytest.raises(TargetError, match="2 entries for 7 images"):
         evaluate("rollout", IMAGES, Toy(), model=vit, target=[0, 1])
+    for draws in ({"confidence": 95}, {"resamples": 0}):
+        with pytest.raises(OptionError, match=r"found (confidence=95|resamples=0)"):
+            evaluate("rollout", IMAGES, Toy(), model=vit, **draws)
     with pytest.raises(OptionError, match="batch_size=0"):
         evaluate("rollout", IMAGES, Toy(), model=vit, batch_size=0)
     with pytest.raises(UnknownNameError, match="infidelity"):
@@ -254,6 +257,8 @@ def test_methods_are_compared_on_the_same_images(vit: nn.Module) -> None:
         found.compare("deletion")
     with pytest.raises(InputError, match="hit needs what"):
         found.compare("toy", "hit")
+    with pytest.raises(InputError, match="found the metrics first, second"):
+        Evaluation({"first": Toy(), "second": Toy()}, {}).compare()
 
 
 def test_the_table_is_markdown(vit: nn.Module) -> None:

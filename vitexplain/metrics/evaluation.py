@@ -21,7 +21,7 @@ from .batches import metric_batches, subject_of
 from .catalogue import create_metric
 from .metric import Metric
 from .ranking import Comparison, compare_rows
-from .statistics import Estimate, estimates
+from .statistics import Estimate, check_resampling, estimates
 from .tally import Rows, Summary, Tally, summarise
 
 if TYPE_CHECKING:
@@ -87,10 +87,12 @@ class Evaluation:
             **options: of `compare_rows`.
 
         Raises:
-            InputError: fewer than two methods.
+            InputError: fewer than two methods, or several metrics of which none is named.
             UnknownNameError: the metric was not measured, or has no such figure.
         """
-        label = next(iter(self.metrics)) if metric is None and len(self.metrics) == 1 else str(metric)
+        if metric is None and len(self.metrics) > 1:
+            raise InputError(f"found the metrics {', '.join(self.metrics)}, expected the label of one to compare by")
+        label = next(iter(self.metrics)) if metric is None else metric
         if label not in self.metrics:
             raise UnknownNameError.listing("measured metric", label, self.metrics)
         rows = {method: self.rows[method, label] for method in self.methods}
@@ -178,8 +180,10 @@ def evaluate(
         InputError: several models, nothing to measure, or a metric that needs annotations which were not given.
         UnknownNameError: no such method or metric.
         TargetError: a contrast, a function, or several classes an image.
-        OptionError: the model cannot be compiled, and is to be.
+        OptionError: a confidence or a number of resamples that makes no interval, or the model cannot be compiled, and
+            is to be.
     """
+    check_resampling(confidence, resamples)  # not only when all is measured
     chosen = _explainers(explainers, None if model is None else subject_of(model))
     listed = [metrics] if isinstance(metrics, Metric | str) else metrics
     configured = [create_metric(each) if isinstance(each, str) else each for each in listed]
