@@ -21,7 +21,7 @@ from vitexplain.bench.curve_bands import Curve, mean_curve
 from vitexplain.bench.figures import FigureRow, compute_figures, figure_rows
 from vitexplain.bench.formatting import decimals_for, markdown_cell, show_estimate, show_seconds
 from vitexplain.bench.plots import CostPanel, CurvePanel, Pictures, Point
-from vitexplain.bench.report import write_report
+from vitexplain.bench.report import _Report, write_report
 from vitexplain.bench.results import write_figures
 from vitexplain.bench.sections import make_sections
 from vitexplain.metrics.catalogue import create_metric
@@ -192,6 +192,22 @@ def test_reports_keep_columns_where_methods_lack_figures_ranks_or_images(folder:
     shown = conclude(results).splitlines()
     assert [line.split("n=")[1] for line in shown if line.startswith("  tokentm")] == ["4", "4", "3", "3"]
     assert [line.split()[1:] for line in shown if line.startswith("  rollout")][2:] == [["n=0"]] * 2
+
+
+def test_every_measure_of_faithfulness_is_shown_against_cost_and_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(folder, place)
+    faithful = ["deletion", "infidelity", "insertion", "saco", "token_dropping", "faithfulness_correlation"]
+    chosen = ["class_sensitivity", *faithful, "positive_perturbation", "sensitivity_max", "energy_in_mask"]
+    rows = [row for row in open_results(place).figures() if row.metric == "deletion"]
+    write_figures(place, [replace(row, metric=metric) for metric in chosen for row in rows])
+    shown: list[list[str]] = []
+    monkeypatch.setattr(Pictures, "costs", lambda _, name, panels: shown.append([each.title for each in panels]) or "")
+    monkeypatch.setattr(_Report, "_curves", lambda *_: None)
+    write_report(open_results(place), BenchConfiguration.from_mapping({**SETTINGS, "metrics": chosen}))
+    assert shown == [[*faithful, "positive_perturbation"]] * 2
 
 
 def energies(values: list[float]) -> Rows:

@@ -19,8 +19,6 @@ from .plots import CostPanel, CurvePanel, Pictures, Point, Rank
 from .results import BenchResults
 from .sections import Section, make_sections
 
-_MOST_PANELS = 6
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -110,7 +108,7 @@ class _Report:
             )
             for name in metric.curves
         ]
-        panels = [panel for panel in panels if panel.curves][:_MOST_PANELS]
+        panels = [panel for panel in panels if panel.curves]
         if not panels:
             return None
         text = f"{section.title} on {section.model}: mean curves of each method with 95 % intervals"
@@ -135,11 +133,13 @@ class _Report:
         costs = {cost["method"]: cost["ratio"] for cost in self.results.run["costs"] if cost["model"] == model}
         panels = []
         for metric in self.configuration.metrics:
+            requires = metric.create().info.requires
+            if "predictor" not in requires or "explain" in requires:  # what explains again is about maps
+                continue
             rows = [
                 row
                 for row in self.figures
                 if (row.model, row.metric, row.position) == (model, metric.label, 0)
-                and "predictor" in metric.create().info.requires
                 and row.higher_is_better is not None
                 and row.method in costs
                 and row.n > 1
@@ -153,7 +153,7 @@ class _Report:
         if not panels:
             return None
         text = f"Faithfulness against the time of one explanation, on {model}"
-        return self._picture(file, self.pictures.costs(file, panels[:_MOST_PANELS]), text)
+        return self._picture(file, self.pictures.costs(file, panels), text)
 
     @staticmethod
     def _picture(file: str, svg: str, text: str) -> Picture:
