@@ -167,7 +167,11 @@ def all_families() -> dict[str, Family]:
 def make_model(family: str) -> nn.Module:
     """A model of a family with weights that make attention, gradients and class scores differ clearly."""
     torch.manual_seed(sum(map(ord, family)))
-    model = all_families()[family].build()
+    return with_own_weights(all_families()[family].build())
+
+
+def with_own_weights(model: nn.Module) -> nn.Module:
+    """The model with such weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:

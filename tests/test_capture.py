@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import all_families, make_images, make_model
-from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
+from families import DIMENSIONS, SIZE, all_families, make_images, make_model, with_own_weights
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vitexplain import Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt, get_explainer
@@ -46,8 +46,9 @@ def eager(model: nn.Module, images: Tensor, target: int) -> tuple[list[Tensor], 
             [torch.cat(pair, dim=1) for pair in zip(each[::2], each[1::2], strict=True)]
             for each in (attention, gradients)
         )
-    if isinstance(model.blocks[0], DiffParallelScalingBlock):  # heads in pairs: A₁ - λ A₂
-        weights = [block._compute_lambda().item() for block in model.blocks]
+    pairing = [module for module in model.blocks.modules() if hasattr(module, "_compute_lambda")]
+    if pairing:  # heads in pairs: A₁ - λ A₂
+        weights = [module._compute_lambda().item() for module in pairing]
         pairs = [each.unflatten(1, (-1, 2)) for each in attention]
         attention = [each[:, :, 0] - weight * each[:, :, 1] for each, weight in zip(pairs, weights, strict=True)]
         gradients = [each.unflatten(1, (-1, 2))[:, :, 0] for each in gradients]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..combination import Differential, SideBySide
+from ..combination import Combination, Differential, SideBySide
 from ..errors import UnsupportedModelError
 from .adapter import BlockModules, linear_weight
 from .known import KnownAdapter, cut_size, patch_grid
@@ -41,6 +41,7 @@ def _pre_norm(block: Any) -> BlockModules:
         attention_input=block.norm1,
         mid=block.norm2,
         mlp=branch,
+        combination=_calls_of(block.attn),
         straight=branch is not None and _of_timm(block),
         between=_around_attention(block.attn),
     )
@@ -51,6 +52,17 @@ def _of_timm(module: nn.Module) -> bool:
     return type(module).__module__.startswith("timm.")
 
 
+def _calls_of(attention: Any) -> Combination:
+    """How the calls of an attention module make one attention: differential attention makes two."""
+    if not hasattr(attention, "_compute_lambda"):
+        return Combination()
+
+    def weight() -> float:
+        return float(attention._compute_lambda().item())
+
+    return Differential(weight)
+
+
 def _around_attention(attention: Any) -> tuple[nn.Module, nn.Module] | None:
     """The norm of keys, and that of the output or the projection: timm's own attention is computed between them."""
     known = _of_timm(attention) and type(attention).__name__ in _NORMED_KEYS and hasattr(attention, "k_norm")
@@ -59,7 +71,7 @@ def _around_attention(attention: Any) -> tuple[nn.Module, nn.Module] | None:
 
 def _post_norm(block: Any) -> BlockModules:
     """x + norm1(attn(x)), then x + norm2(mlp(x))."""
-    return BlockModules(block, block.attn, mid=block.mlp, mlp=block.norm2)
+    return BlockModules(block, block.attn, mid=block.mlp, mlp=block.norm2, combination=_calls_of(block.attn))
 
 
 def _parallel(block: Any) -> BlockModules:
@@ -69,11 +81,7 @@ def _parallel(block: Any) -> BlockModules:
 
 def _differential(block: Any) -> BlockModules:
     """As `_parallel`, with differential attention."""
-
-    def weight() -> float:
-        return float(block._compute_lambda().item())
-
-    return BlockModules(block, block, attention_input=block.in_norm, combination=Differential(weight))
+    return BlockModules(block, block, attention_input=block.in_norm, combination=_calls_of(block))
 
 
 def _several(block: Any) -> BlockModules:
@@ -176,7 +184,8 @@ class TimmAdapter(KnownAdapter):
         linear = attention is not None and self.blocks[block].attention_input is not None
         if linear and getattr(attention, "norm", None) is not None:
             linear = isinstance(attention.norm, nn.Identity)
-        if not linear or getattr(attention, "gate", None) is not None:
+        normed = isinstance(self.blocks[block].combination, Differential)  # each head by itself, before the projection
+        if not linear or normed or getattr(attention, "gate", None) is not None:
             raise UnsupportedModelError(
                 f"block {block} ({type(module).__name__}) normalises, gates or shares its heads' output, so that a "
                 "token's transformed vector is not linear in its value; use tokentm with transformation='residual', or "
