@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from families import FEW_FAMILIES, all_families, make_images, make_model
+import torch.nn.functional as F
+from families import FEW_FAMILIES, SIZE, all_families, make_images, make_model, with_own_weights
 from on_paper import FEATURES
 from references import Trace
 from relevance_references import AttnLRPReference, Baseline, Normalised, walk
 from safetensors.torch import load_file
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -400,6 +402,38 @@ def test_states_that_a_model_overwrites_are_held_as_they_were(dtype: torch.dtype
     models = [InPlaceModel(overwrites).to(dtype).eval() for overwrites in (True, False)]
     maps = [get_explainer("transformer_attribution", model)(images, 1).scores for model in models]
     torch.testing.assert_close(*maps, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("transformer_attribution", {}), ("full_lrp", {}), ("attnlrp", {}), ("tokentm", {"transformation": "literal"})],
+)
+def test_heads_that_share_keys_and_values_are_as_heads_with_equal_ones(name: str, options: dict[str, Any]) -> None:
+    size: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 6}
+    rope = {"attn_type": "rope", "qkv_fused": False, "use_rot_pos_emb": True}
+    torch.manual_seed(0)
+    shared, apart = (with_own_weights(Eva(**size, **rope, num_kv_heads=heads)).double() for heads in (3, 6))
+    weights = shared.state_dict()
+    for key in [key for key in weights if "k_proj" in key or "v_proj" in key]:
+        weights[key] = weights[key].unflatten(0, (3, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
+    apart.load_state_dict(weights)
+    images = make_images("eva").double()
+    found, expected = (get_explainer(name, model, **options)(images, TARGET).scores for model in (shared, apart))
+    assert_same_map(found, expected)
+
+
+def test_the_kernel_may_share_keys_and_values() -> None:
+    q, k, v, arriving = torch.randn(4, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    leaves = [q, k[:, :2].clone(), v[:, :2].clone()]
+    repeated = [q, *(each.repeat_interleave(2, dim=1) for each in leaves[1:])]
+    found, expected = [], []
+    for states, relevance, shared in ((leaves, found, True), (repeated, expected, False)):
+        states = [each.requires_grad_() for each in states]
+        with RelevanceRules().watching(2, "BND"):
+            output = F.scaled_dot_product_attention(*states, enable_gqa=shared)
+        relevance += torch.autograd.grad(output, states, arriving)
+    expected[1:] = [each.unflatten(1, (2, 2)).sum(2) for each in expected[1:]]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parity

@@ -52,7 +52,7 @@ _MOVING: frozenset[Function] = frozenset(
             for name in (
                 *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes"),
                 *("movedim", "unbind", "chunk", "split", "select", "narrow", "roll", "flip", "index_select", "gather"),
-                *("view", "expand", "masked_fill", "t"),
+                *("view", "expand", "masked_fill", "t", "repeat_interleave"),
             )
             for owner in (torch, Tensor)
             if hasattr(owner, name)
@@ -290,13 +290,14 @@ def _convolution(func: Function, args: Sequence[Any], named: dict[str, Any]) -> 
 
 def _attention(func: Function, args: Sequence[Any], named: dict[str, Any]) -> Tensor:
     call = SDPA_SIGNATURE.bind(*args, **named).arguments
-    states = [call[name] for name in ("query", "key", "value")]
-    if call.get("enable_gqa"):
-        raise _refused(func)
-    operands = attention_operands(*args, **named)
+    query, key, value = (call[name] for name in ("query", "key", "value"))
+    if call.pop("enable_gqa", False):  # keys and values are repeated, for the heads that share them
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+    states, call = [query, key, value], {**call, "query": query, "key": key, "value": value}
+    operands = attention_operands(**call)
 
     with torch.no_grad():
-        output: Tensor = func(*args, **named)
+        output: Tensor = func(**call)
     held = output.detach()  # the output itself will hold on to the pullback
 
     def pullback(relevance: Tensor) -> tuple[Tensor, ...]:

@@ -207,4 +207,6 @@ class TimmAdapter(KnownAdapter):
             weight = weight[-len(weight) // 3 :]
         else:
             weight = linear_weight(attention.v_proj, attention.v_proj.in_features)
-        return weight.reshape(attention.num_heads, -1, weight.shape[1]).transpose(1, 2)
+        own = int(getattr(attention, "num_kv_heads", attention.num_heads))  # fewer where heads share values
+        by_head = weight.reshape(own, -1, weight.shape[1]).transpose(1, 2)
+        return by_head.repeat_interleave(attention.num_heads // own, dim=0)
