@@ -284,7 +284,7 @@ def test_the_clip_layout_of_openai_and_open_clip() -> None:
 
 
 class Reordered(Own):
-    """Tokens in an order that no map may be drawn from: CLS behind the patches, or patches column by column."""
+    """Tokens in an order that no map may be drawn from: CLS behind the patches, column by column, or drawn anew."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -293,6 +293,7 @@ class Reordered(Own):
     def forward(self, images: Tensor) -> Tensor:
         patches = self.stem(images)
         patches = (patches.transpose(2, 3) if self.order == "columns" else patches).flatten(2).transpose(1, 2)
+        patches = patches[:, torch.randperm(patches.shape[1])] if self.order == "drawn" else patches
         extra = self.extra.expand(len(images), -1, -1)
         tokens = torch.cat([patches, extra] if self.order == "behind" else [extra, patches], dim=1) + self.places
         return self.head(self.norm(self.layers(tokens)).mean(1))
@@ -304,6 +305,13 @@ def test_tokens_in_another_order_are_refused(order: str) -> None:
     with pytest.raises(UnsupportedModelError, match="bottom left patch is token"):
         DiscoveredAdapter(Reordered(order).eval())
     assert DiscoveredAdapter(Reordered("usual").eval()).num_prefix_tokens == 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_order_that_is_drawn_in_each_forward_is_refused(seed: int) -> None:
+    torch.manual_seed(seed)
+    with pytest.raises(UnsupportedModelError, match="two forwards of one image"):
+        DiscoveredAdapter(Reordered("drawn").eval())
 
 
 def test_a_feature_map_of_tokens_column_by_column_is_refused_too() -> None:

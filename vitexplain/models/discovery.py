@@ -185,7 +185,12 @@ class DiscoveredAdapter(UnknownModelAdapter):
         if first.call.input is None or again.call.input is None:
             return
         before, after = (to_tokens(each, first.arrangement) for each in (first.call.input, again.call.input))
-        check_order(before, after, self.layouts(self._probe_grid)[0])
+
+        def once_more() -> Tensor:
+            entered = find_blocks(watch(self, images))[0].call.input
+            return before if entered is None else to_tokens(entered, first.arrangement)
+
+        check_order(before, after, self.layouts(self._probe_grid)[0], once_more)
         check_values(before, after, first.attention.operands.v, again.attention.operands.v)
 
     def _check_batches(self, images: Tensor, first: FoundBlock) -> None:

@@ -166,7 +166,13 @@ class KnownAdapter(ModelAdapter):
         before, after = (self._block_calls(each)[0].input for each in (seen, again))
         if before is not None and after is not None:
             arrangement = self.blocks[0].arrangement
-            check_order(to_tokens(before, arrangement), to_tokens(after, arrangement), self.layouts(grid)[0])
+            first, layout = to_tokens(before, arrangement), self.layouts(grid)[0]
+
+            def once_more() -> Tensor:
+                entered = self._block_calls(watch(self, images))[0].input
+                return first if entered is None else to_tokens(entered, arrangement)
+
+            check_order(first, to_tokens(after, arrangement), layout, once_more)
 
     def _block_calls(self, seen: Forward) -> list[ModuleCall]:
         """The first call of each block.

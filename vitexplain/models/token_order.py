@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,27 @@ def bottom_left_changed(images: Tensor, grid: tuple[int, int], extent: Extent | 
     return torch.where(own.to(images.device), images.flip(-1), images)
 
 
-def check_order(before: Tensor, after: Tensor, layout: TokenLayout) -> None:
+def check_order(before: Tensor, after: Tensor, layout: TokenLayout, again: Callable[[], Tensor]) -> None:
     """Prefix tokens come first and patches row by row: a change at the bottom left reaches one place most.
 
     Args:
         before: tokens (1, N, D) that enter the first block.
         after: the same with another patch at the bottom left of the image.
         layout: theirs.
+        again: gives what `before` is in one more forward of the same image; asked where most tokens moved.
 
     Raises:
-        UnsupportedModelError: the patch is another token, or reaches the prefix.
+        UnsupportedModelError: the patch is another token, or reaches the prefix, or tokens are others each time.
     """
     moved = rows_moved(before, after)
+    limit = _MIXED * moved.max()
+    if 2 * int((moved > limit).sum()) > len(moved) and bool((rows_moved(before, again()) > limit).any()):
+        raise UnsupportedModelError(
+            "two forwards of one image give the first block other tokens, or the same in another order (as in masked "
+            "autoencoders, which draw it); expected what depends on the image alone. Take the class that classifies "
+            "(transformers: ViTForImageClassification takes ViTMAEModel's weights), or wrap the model so that nothing "
+            "is drawn (ViTMAEModel: pass noise=torch.arange(patches)[None].expand(len(images), -1) and mask_ratio=0)"
+        )
     prefix, (h, w) = layout.prefix, layout.grid
     expected = prefix + (h - 1) * w
     reached = bool((moved[:prefix] > _SHARE * moved.max()).any())
