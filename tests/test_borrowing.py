@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -234,3 +235,25 @@ def test_attributes_that_write_each_other_are_put_back(own: tuple[str, str]) -> 
     with attributes_set([whole, part], "kind", "fused"):
         assert (whole.kind, part.kind) == ("fused", "fused")
     assert (whole.kind, part.kind) == own
+
+
+def quantised() -> nn.Module:
+    quantisation = pytest.importorskip("torch.ao.quantization")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        model: nn.Module = quantisation.quantize_dynamic(make_model("cls"), {nn.Linear}, dtype=torch.qint8)
+    return model
+
+
+@pytest.mark.parametrize("name", ["rollout", "occlusion", "eigencam", "pm"])
+def test_a_quantised_model_is_explained_without_gradients(name: str) -> None:
+    images = make_images("cls")
+    expected = get_explainer(name, make_model("cls"))(images, 1).scores.flatten()
+    found = get_explainer(name, quantised())(images, 1).scores.flatten()
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("name", ["generic_attention", "attnlrp", "legrad", "integrated_gradients", "partial_lrp"])
+def test_no_gradient_goes_through_a_quantised_model(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"quantised modules.*Linear.*as it was before"):
+        get_explainer(name, quantised())(make_images("cls"), 1)

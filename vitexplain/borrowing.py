@@ -17,6 +17,7 @@ _COMPILED = "_compiled_call_impl"
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "use_checkpointing", "with_cp")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("timm.", "torch.nn.", "torchvision.", "transformers.", "vitexplain.")
+_QUANTISED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 _DECISIVE = frozenset(
     ("forward", "forward_features", "forward_head", "forward_cls", "pool", "_pool", "_pos_embed", "_forward_embeds")
 )
@@ -86,8 +87,16 @@ def check_graph(model: nn.Module, modules: Sequence[nn.Module]) -> None:
         modules: all that it consists of; see `all_modules`.
 
     Raises:
-        UnsupportedModelError: a weight or buffer was made in `torch.inference_mode`.
+        UnsupportedModelError: a weight or buffer was made in `torch.inference_mode`, or a module is quantised.
     """
+    kinds = dict.fromkeys(map(type, modules))
+    quantised = next((kind for kind in kinds if kind.__module__.startswith(_QUANTISED)), None)
+    if quantised is not None:
+        raise UnsupportedModelError(
+            f"found a {type(model).__name__} with quantised modules ({quantised.__module__}.{quantised.__name__}), "
+            "through which no gradient can go; expected weights in floating point. Explain the model as it was before "
+            "it was quantised; on timm's quantised models, methods without a gradient work, such as rollout"
+        )
     held: list[dict[str, Any]] = [each._parameters for each in modules if each._parameters]
     held += [each._buffers for each in modules if each._buffers]
     for tensors in held:
@@ -113,7 +122,8 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
         modules: all that it consists of, where that is known; see `all_modules`.
 
     Raises:
-        UnsupportedModelError: a graph would be recorded, and a weight or buffer was made in `torch.inference_mode`.
+        UnsupportedModelError: a graph would be recorded, and a weight or buffer was made in `torch.inference_mode`, or
+            a module is quantised.
     """
     modules = all_modules(model) if modules is None else modules
     if torch.is_grad_enabled():

@@ -136,7 +136,8 @@ def token_head(capture: Capture) -> TokenHead:
             best, lowest = candidate, error
     if best is None or not lowest <= tolerance:
         raise _refusal(adapter)
-    if all(not parameter.any() for head in best.heads for parameter in head.parameters() if parameter.ndim > 1):
+    weights = [each for head in best.heads for each in head.parameters() if each.ndim > 1]  # none where quantised
+    if weights and not any(each.any() for each in weights):
         raise UnsupportedModelError(
             f"the classifier of this {type(adapter.model).__name__} has weights of zero, so that it says the same of "
             "all tokens; train it first, or give it small random weights"
