@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..borrowing import all_modules, attributes_set
+from ..borrowing import all_modules, attributes_set, is_watched
 from ..combination import Combination
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, TokenLayout, Windows
@@ -66,16 +66,20 @@ class BlockModules:
 def linear_weight(module: nn.Module, width: int) -> Tensor:
     """The matrix (out, width) that a linear module multiplies with, also where adapters such as LoRA add to its weight.
 
+    What hooks make of its input and output counts too, as in the model's forward.
+
     Args:
         module: `nn.Linear`, or a module that stands in for one and is affine.
         width: number of input features.
     """
-    if isinstance(module, nn.Linear) and getattr(module.forward, "__func__", None) is nn.Linear.forward:
-        return module.weight.detach()
-    reference = next(module.parameters())
+    own = isinstance(module, nn.Linear) and getattr(module.forward, "__func__", None) is nn.Linear.forward
+    if own and not is_watched(module):
+        return cast("nn.Linear", module).weight.detach()
+    reference = next((each for each in module.parameters() if each.is_floating_point()), torch.empty(0))
     with torch.no_grad():
-        unit = torch.eye(width, device=reference.device, dtype=reference.dtype)
-        weight: Tensor = (module(unit) - module(torch.zeros_like(unit[:1]))).T
+        # one image of as many tokens, since what stands in for a linear map may count on three axes
+        unit = torch.eye(width, device=reference.device, dtype=reference.dtype)[None]
+        weight: Tensor = (module(unit) - module(torch.zeros_like(unit)))[0].T
         return weight
 
 

@@ -91,12 +91,7 @@ def _find_value(seen: Forward, block: FoundBlock) -> _LinearMap | None:
 
 def _multi_head_value(around: ModuleCall, values: Tensor) -> _LinearMap | None:
     module: Any = around.module
-
-    def weight() -> Tensor:
-        packed = module.in_proj_weight
-        matrix: Tensor = module.v_proj_weight if packed is None else packed.chunk(3)[2]
-        return matrix.detach()
-
+    weight = partial(_value_part, module)
     bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[2]
     given = around.input
     if given is None or given.shape[-1] != weight().shape[1]:
@@ -116,7 +111,7 @@ def _find_output(seen: Forward, block: FoundBlock) -> _LinearMap | None:
         projected = F.linear(merged, module.weight, module.bias)
         if around.output is None or not close(_rows(around.output, merged), projected):
             return None
-        return _LinearMap(partial(linear_weight, module, width), around, merged, projected)
+        return _LinearMap(partial(_own_weight, module), around, merged, projected)
     for call, given, gave in _token_maps(seen, block):
         if call.start > attention.start and close(_rows(given, merged), merged) and _affine(call.module, given, gave):
             return _LinearMap(partial(linear_weight, call.module, width), call, given, _rows(gave, merged))
@@ -189,6 +184,19 @@ def _affine(module: nn.Module, given: Tensor, gave: Tensor) -> bool:
         return False
     product = F.linear(given, weight)
     return close(gave, product + (gave - product)[:1, :1])
+
+
+def _value_part(module: Any) -> Tensor:
+    """What an `nn.MultiheadAttention` multiplies with to make values."""
+    packed = module.in_proj_weight
+    matrix: Tensor = module.v_proj_weight if packed is None else packed.chunk(3)[2]
+    return matrix.detach()
+
+
+def _own_weight(module: Any) -> Tensor:
+    """The weight of a module that is not called, such as the output projection of an `nn.MultiheadAttention`."""
+    weight: Tensor = module.weight
+    return weight.detach()
 
 
 def _last_part(module: nn.Module, width: int, parts: int) -> Tensor:

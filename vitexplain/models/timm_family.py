@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -56,11 +57,11 @@ def _calls_of(attention: Any) -> Combination:
     """How the calls of an attention module make one attention: differential attention makes two."""
     if not hasattr(attention, "_compute_lambda"):
         return Combination()
+    return Differential(partial(_lambda, attention))
 
-    def weight() -> float:
-        return float(attention._compute_lambda().item())
 
-    return Differential(weight)
+def _lambda(attention: Any) -> float:
+    return float(attention._compute_lambda().item())
 
 
 def _around_attention(attention: Any) -> tuple[nn.Module, nn.Module] | None:
@@ -191,7 +192,8 @@ class TimmAdapter(KnownAdapter):
                 "token's transformed vector is not linear in its value; use tokentm with transformation='residual', or "
                 "generic_attention"
             )
-        weight = linear_weight(attention.proj, attention.proj.in_features)  # (D, H·dh)
+        heads = attention.num_heads * getattr(attention, "head_dim", self._vit.embed_dim // attention.num_heads)
+        weight = _weight(attention.proj, heads)  # (D, H·dh)
         scale = getattr(getattr(module, "ls1", None), "gamma", getattr(module, "gamma_1", None))
         if scale is not None:
             weight = scale.detach()[:, None] * weight
@@ -203,10 +205,15 @@ class TimmAdapter(KnownAdapter):
         if attention is None:
             raise UnsupportedModelError(f"block {block} has no attention module with a value projection of its own")
         if getattr(attention, "qkv", None) is not None:
-            weight = linear_weight(attention.qkv, attention.qkv.in_features)  # (3·H·dh, D)
+            weight = _weight(attention.qkv, self._vit.embed_dim)  # (3·H·dh, D)
             weight = weight[-len(weight) // 3 :]
         else:
-            weight = linear_weight(attention.v_proj, attention.v_proj.in_features)
+            weight = _weight(attention.v_proj, self._vit.embed_dim)
         own = int(getattr(attention, "num_kv_heads", attention.num_heads))  # fewer where heads share values
         by_head = weight.reshape(own, -1, weight.shape[1]).transpose(1, 2)
         return by_head.repeat_interleave(attention.num_heads // own, dim=0)
+
+
+def _weight(module: Any, width: int) -> Tensor:
+    """The matrix of a linear module of so many input features, unless it says of how many itself."""
+    return linear_weight(module, getattr(module, "in_features", width))

@@ -184,14 +184,14 @@ def _candidates(outside: list[nn.Module], width: int, classes: int, prefix: int)
 
 def _branches(outside: list[nn.Module], width: int, classes: int, prefix: int) -> Iterator[tuple[Branch, ...]]:
     heads: list[Any] = [each for each in outside if getattr(each, "out_features", None) == classes]
-    plain = [each for each in heads if each.in_features == width]
+    plain = [each for each in heads if getattr(each, "in_features", None) == width]
     for head in plain:
         yield from ((Branch(head, (reading,)),) for reading in (_first, _mean_of_patches, _mean_of_all))
     if prefix >= 2:
         for one in plain:
             yield from ((Branch(one, (_first,)), Branch(other, (_second,))) for other in plain if other is not one)
     for head in heads:
-        if head.in_features == 2 * width:
+        if getattr(head, "in_features", None) == 2 * width:
             yield (Branch(head, (_first, _mean_of_patches)),)
 
 
