@@ -266,6 +266,13 @@ def test_image_text_mistakes_are_named(clip: nn.Module) -> None:
         ImageTextModel.from_texts(clip, [], lambda texts: {})
 
 
+def test_one_text_is_not_its_letters(clip: nn.Module) -> None:
+    model = ImageTextModel.from_texts(
+        clip, "a cat", lambda texts: {"input_ids": torch.tensor([[1, 5, 6, 2]] * len(texts))}
+    )
+    assert model(make_images("hf_clip")).shape == (2, 1)
+
+
 def test_the_clip_layout_of_openai_and_open_clip() -> None:
     """`encode_image` and `logit_scale` beside the tower."""
 

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from families import make_model
+from families import make_images, make_model
 from torch import Tensor
 
 import vitexplain
 from vitexplain import (
     Capture,
+    Explainer,
     ExplanationWarning,
     Method,
     OptionError,
     UnknownNameError,
+    UnsupportedModelError,
+    compare,
     create_method,
     get_explainer,
     list_methods,
+    load_model,
     method_info,
     option,
     register_method,
@@ -190,3 +194,23 @@ def test_entry_points_bring_methods_and_broken_ones_do_no_harm(tmp_path: Path) -
     assert "from_outside" in names
     assert "tokentm" in names
     assert "'broken' (no_such_module) could not be loaded" in warned
+
+
+def test_methods_and_models_in_each_other_s_place() -> None:
+    model = make_model("cls")
+    with pytest.raises(
+        UnknownNameError, match=r"found a VisionTransformer, expected a method's name, and then the model"
+    ):
+        get_explainer(model, "rollout")  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match=r"found a Rollout.*goes into vitexplain.Explainer\(method, model\)"):
+        get_explainer(create_method("rollout"), model)  # type: ignore[arg-type]
+    for wrong in (None, 3):
+        with pytest.raises(UnsupportedModelError, match=f"found a {type(wrong).__name__}, expected a torch.nn.Module"):
+            get_explainer("rollout", wrong)  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModelError, match=f"found a {type(wrong).__name__}, expected a torch.nn.Module"):
+            compare(wrong, make_images("cls"))  # type: ignore[arg-type]
+
+
+def test_a_configured_method_takes_what_load_model_returned() -> None:
+    loaded = load_model("scenes")
+    assert Explainer(create_method("rollout"), loaded).subject is loaded.subject

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from families import make_images, make_model
@@ -16,6 +17,7 @@ from torch import Tensor
 from vitexplain import (
     Capture,
     CaptureError,
+    InputError,
     Needs,
     Subject,
     TargetError,
@@ -81,6 +83,8 @@ def test_a_function_of_the_logits() -> None:
         ((0, [[1, 2], [1, 2]]), "contrast"),
         ([[1], [2, 3]], "expected None"),
         ({"class": 1}, "type dict"),
+        ([[0, 1, 0, 0], [1, 0, 0, 0]], r"0 and 1 alone.*argmax"),  # one-hot, and no class 0 three times
+        (torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]]), "0 and 1 alone"),
     ],
 )
 def test_wrong_targets_are_named(target: Any, message: str) -> None:
@@ -226,6 +230,43 @@ def test_targets_of_other_kinds_and_from_inference_mode() -> None:
     with torch.inference_mode():
         target = torch.arange(4)
     torch.testing.assert_close(explainer(images, target).scores, expected)
+
+
+def test_two_classes_of_two_are_no_one_hot_labels() -> None:
+    assert resolve_target([[0, 1], [1, 0]], LOGITS[:, :2]).explained_classes().tolist() == [[0, 1], [1, 0]]
+    assert resolve_target([[0, 1, 2, 3], [1, 0, 3, 2]], LOGITS).count == 4
+
+
+def test_a_column_of_a_table_is_cut_with_its_batch() -> None:
+    explainer, images = get_explainer("generic_attention", make_model("cls")), make_images("cls", batch=4)
+    column = pandas.Series([3, 1, 0, 2], index=list("abcd"))
+    expected = explainer(images, [3, 1, 0, 2], batch_size=2).scores
+    torch.testing.assert_close(explainer(images, column, batch_size=2).scores, expected)
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            np.array(list("abcdefg")),
+            pandas.Series(list("abcdefg")),
+            dict(enumerate("abcdefg")),
+            {str(index): name for index, name in reversed([*enumerate("abcdefg")])},
+        ],
+    )
+    def test_may_be_an_array_or_by_index(self, given: Any) -> None:
+        explainer = get_explainer("rollout", replace(Subject.of(make_model("cls")), labels=given))
+        assert explainer(make_images("cls", 2), ["c", "a"]).target_names() == [["c"], ["a"]]
+
+    @pytest.mark.parametrize("labels", [["cat", "dog"], list("abcdefgh")])
+    def test_of_another_number_than_the_outputs_are_refused(self, labels: list[str]) -> None:
+        explainer = get_explainer("rollout", replace(Subject.of(make_model("cls")), labels=labels))
+        with pytest.raises(InputError, match=f"found {len(labels)} labels, expected 7"):
+            explainer(make_images("cls", 2))
+
+    def test_by_something_else_than_indices_are_refused(self) -> None:
+        with pytest.raises(InputError, match=r"found labels by 'cat', 'dog', …; expected names by class index"):
+            replace(Subject.of(make_model("cls")), labels={"cat": 0, "dog": 1})
 
 
 def test_arrays_of_names_and_what_is_no_number() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .automatic import NAME, automatic
+from .errors import UnknownNameError
 from .explainer import Explainer, Subject
 from .models.adapter import ModelAdapter
 from .models.graphs import opened
@@ -41,13 +42,17 @@ def get_explainer(
         OptionError: an option's value is out of its range.
         UnsupportedModelError: the model, or the method on this model, is not supported.
     """
+    if not isinstance(name, str):
+        raise UnknownNameError(
+            f"found a {type(name).__name__}, expected a method's name, and then the model: get_explainer('rollout', "
+            "model). A configured method goes into vitexplain.Explainer(method, model)"
+        )
     method = create_method(name, **options)
     if isinstance(model, str):
         from .models.loading import load_model
 
         model = load_model(model)
-    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(model)
-    subject = Subject.of(known) if isinstance(known, nn.Module | ModelAdapter | Subject) else known.subject
+    subject = Subject.of(opened(model))
     return Explainer(automatic(subject) if squash(name) == NAME and not options else method, subject)
 
 

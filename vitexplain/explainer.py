@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +18,14 @@ from .explanation import Explanation
 from .method import Method
 from .models import adapt
 from .models.adapter import ModelAdapter
+from .models.labels import read_labels
 from .shared_capture import Attributed, attribute_together
 from .targets import Target, check_length, named_classes, select_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .models.loading import LoadedModel
     from .preprocessing import Preprocessing
 
     Picture: TypeAlias = "str | os.PathLike[str] | Image"
@@ -36,16 +39,26 @@ class Subject:
     Attributes:
         adapter: the borrowed model.
         preprocessing: how pictures become its input; None where that is not known.
-        labels: class names; None where they are not known.
+        labels: class names, as many as the model has outputs; None where they are not known. Given in order, by index
+            (such as ``config.id2label``) or as a file that `vitexplain.models.labels.read_labels` takes.
+
+    Raises:
+        InputError: labels that are not understood.
     """
 
     adapter: ModelAdapter
     preprocessing: Preprocessing | None = None
     labels: Sequence[str] | None = None
 
+    def __post_init__(self) -> None:
+        if self.labels is not None and not isinstance(self.labels, list | tuple):
+            object.__setattr__(self, "labels", read_labels(self.labels))
+
     @classmethod
-    def of(cls, model: nn.Module | ModelAdapter | Subject) -> Subject:
+    def of(cls, model: nn.Module | ModelAdapter | Subject | LoadedModel) -> Subject:
         """Wraps a model; its preprocessing is read from its configuration where it has one."""
+        if not isinstance(model, nn.Module | ModelAdapter):
+            model = getattr(model, "subject", model)  # what `load_model` returned
         if isinstance(model, Subject):
             return model
         from .preprocessing import Preprocessing
@@ -88,10 +101,10 @@ class Explainer:
 
     Args:
         method: the configured method.
-        model: a model, an adapter, or a `Subject`.
+        model: a model, an adapter, a `Subject`, or what `load_model` returned.
     """
 
-    def __init__(self, method: Method, model: nn.Module | ModelAdapter | Subject) -> None:
+    def __init__(self, method: Method, model: nn.Module | ModelAdapter | Subject | LoadedModel) -> None:
         self.method = method
         self.subject = Subject.of(model)
         self.subject.adapter.check_needs(method.needs)
@@ -195,6 +208,8 @@ def explain_with(
         subject.adapter.check_needs(method.needs)
     if isinstance(target, Sequence) and not isinstance(target, list | tuple | str):
         target = cast("Target", list(target))
+    elif hasattr(target, "__array__") and not isinstance(target, Tensor):  # a column of a table, say
+        target = np.array(target)
     target = named_classes(target, subject.labels)
     inputs = subject.prepare(images)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -221,10 +236,20 @@ def _explain_batch(
     """Explains one batch, whose first image is number `start` of all."""
     with torch.inference_mode(False):  # what a caller's makes could take part in no graph
         attributed = attribute_together(methods, subject.adapter, inputs, target, at_once=at_once)
+        _check_labels(subject.labels, attributed.logits.shape[1])
         return [
             _explanation(method, subject, attributed, scores, shares, start)
             for method, (scores, shares) in zip(methods, attributed.maps, strict=True)
         ]
+
+
+def _check_labels(labels: Sequence[str] | None, outputs: int) -> None:
+    """Refuses labels of another number than the model has outputs: names would stand beside other classes."""
+    if labels is not None and len(labels) != outputs:
+        raise InputError(
+            f"found {len(labels)} labels, expected {outputs}, one for each output of the model, in their order: pass "
+            "so many, or None"
+        )
 
 
 def _explanation(

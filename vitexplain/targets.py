@@ -224,6 +224,11 @@ def _classes(target: object, logits: Tensor) -> tuple[Tensor, bool]:
         if not 0 <= found < count:
             raise TargetError(f"found class {found}, expected 0 to {count - 1}: the model has {count} classes")
     if classes.ndim == 2:
+        if count > 2 and classes.shape[1] == count and int(classes.max()) <= 1:
+            raise TargetError(
+                f"found a target of shape {tuple(classes.shape)} that holds 0 and 1 alone, an entry for each of the "
+                f"{count} classes, expected class indices: {FORMS}. Rows of one-hot labels become indices by argmax(1)"
+            )
         return classes, False
     return classes.expand(batch)[:, None], True
 

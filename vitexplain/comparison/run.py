@@ -118,11 +118,10 @@ def _subject(given: Model) -> tuple[str, Subject]:
     """A model and the name it goes by."""
     if isinstance(given, str):
         given = load_model(given)
-    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(given)
-    if isinstance(known, nn.Module | ModelAdapter | Subject):
-        subject = Subject.of(known)
-        return type(subject.adapter.model).__name__, subject
-    return known.name, known.subject
+    known: Any = opened(given)
+    subject = Subject.of(known)
+    loaded = not isinstance(known, nn.Module | ModelAdapter | Subject)
+    return known.name if loaded else type(subject.adapter.model).__name__, subject
 
 
 def _methods(given: Sequence[str | Method] | Mapping[str, str | Method]) -> dict[str, Method]:

@@ -56,10 +56,11 @@ class ImageTextModel(nn.Module):
 
         Args:
             model: as for the class.
-            texts: K prompts.
+            texts: K prompts; a single one may come alone.
             tokeniser: the model's; with Hugging Face, ``lambda texts: tokenizer(texts, padding=True,
                 return_tensors="pt")``.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         if not texts:
             raise InputError("found no texts, expected at least one")
         tokens, anything = tokeniser(list(texts)), cast("Any", model)

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,23 @@ from ..errors import InputError, TargetError, UnknownNameError
 _FEW = 40  # labels that an error message lists in full
 
 
-def read_labels(labels: str | os.PathLike[str] | Sequence[str]) -> list[str]:
+def read_labels(labels: str | os.PathLike[str] | Iterable[str] | Mapping[int, str]) -> list[str]:
     """Class names in order.
 
     Args:
-        labels: the names themselves, or a file: a JSON list of names or of objects with a name (and perhaps an index),
-            a JSON object of names by index, or text with one name a line.
+        labels: the names themselves, in order or by index, such as ``config.id2label``; or a file: a JSON list of names
+            or of objects with a name (and perhaps an index), a JSON object of names by index, or text with one name a
+            line.
 
     Raises:
-        InputError: the file is missing or not understood.
+        InputError: the file is missing or not understood, or indices are not 0, 1, 2, …
     """
+    if isinstance(labels, Mapping):
+        try:
+            return [str(each) for each in _in_order(dict(labels))]
+        except (ValueError, TypeError) as error:
+            keys = ", ".join(map(repr, list(labels)[:3]))
+            raise InputError(f"found labels by {keys}, …; expected names by class index 0, 1, … ({error})") from error
     if not isinstance(labels, str | os.PathLike):
         return [str(each) for each in labels]
     try:

@@ -109,7 +109,7 @@ def load_model(
     name: str = EMBEDDED,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
-    labels: str | os.PathLike[str] | Sequence[str] | None = None,
+    labels: str | os.PathLike[str] | Sequence[str] | Mapping[int, str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
 ) -> LoadedModel:
@@ -122,9 +122,9 @@ def load_model(
             classifier says how many classes there are. The input size is what the card beside it says, or what the
             position embedding tells: a square, or else the one in `preprocessing`. For the embedded models, what
             ``vitexplain train`` wrote.
-        labels: class names in order, or a file of them: JSON list, JSON object by index, or one name a line. By
-            default those in the card of an embedded model's `checkpoint`, or ImageNet's, where the number of classes is
-            that of one of its sets.
+        labels: class names in order or by index, or a file of them: JSON list, JSON object by index, or one name a
+            line. By default those in the card of an embedded model's `checkpoint`, or ImageNet's, where the number of
+            classes is that of one of its sets.
         preprocessing: fields of `Preprocessing` to override, e.g. ``{"mean": (0.5, 0.5, 0.5)}``. By default what the
             model was trained with, as the card that ``vitexplain train`` wrote beside `checkpoint` says, or timm. Plain
             transformers of timm are brought to another ``size``: their position embedding is resampled.
