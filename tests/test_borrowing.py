@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from families import make_images, make_model
 from lighter import get_explainer
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 from torch.utils.checkpoint import checkpoint
 
 from vitexplain import UnsupportedModelError
@@ -237,23 +239,67 @@ def test_attributes_that_write_each_other_are_put_back(own: tuple[str, str]) -> 
     assert (whole.kind, part.kind) == own
 
 
-def quantised() -> nn.Module:
-    quantisation = pytest.importorskip("torch.ao.quantization")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated
-        model: nn.Module = quantisation.quantize_dynamic(make_model("cls"), {nn.Linear}, dtype=torch.qint8)
-    return model
-
-
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["rollout", "occlusion", "eigencam", "pm"])
 def test_a_quantised_model_is_explained_without_gradients(name: str) -> None:
-    images = make_images("cls")
+    images, quantised = make_images("cls"), quantize_dynamic(make_model("cls"), {nn.Linear})
     expected = get_explainer(name, make_model("cls"))(images, 1).scores.flatten()
-    found = get_explainer(name, quantised())(images, 1).scores.flatten()
+    found = get_explainer(name, quantised)(images, 1).scores.flatten()
     assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("name", ["generic_attention", "attnlrp", "legrad", "integrated_gradients", "partial_lrp"])
-def test_no_gradient_goes_through_a_quantised_model(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"quantised modules.*Linear.*as it was before"):
-        get_explainer(name, quantised())(make_images("cls"), 1)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("part", ["mlp", "whole"])
+@pytest.mark.parametrize("name", ["generic_attention", "attnlrp", "legrad", "full_lrp", "smoothgrad", "integrated_gradients"])
+def test_no_gradient_goes_through_quantised_layers(name: str, part: str) -> None:
+    """Around a quantised feed-forward branch it goes through the residual alone, and looks like one."""
+    model: Any = make_model("cls")
+    for block in model.blocks:
+        block.mlp = quantize_dynamic(block.mlp, {nn.Linear})
+    if part == "whole":
+        model = quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(UnsupportedModelError, match=r"quantised layers \(Linear\).*such as rollout or occlusion"):
+        get_explainer(name, model)(make_images("cls"), 1)
+    for works in ("rollout", "occlusion"):
+        assert get_explainer(works, model)(make_images("cls"), 1).scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["rollout", "gradcam", "occlusion"])
+def test_a_model_without_weights_is_refused(name: str) -> None:
+    explainer = get_explainer(name, make_model("cls").to("meta"))
+    with pytest.raises(UnsupportedModelError, match=r"on the meta device.*load them"):
+        explainer(make_images("cls"), 1)
+
+
+def normalised_in_place(_: nn.Module, arguments: tuple[Tensor]) -> None:
+    arguments[0].sub_(0.5).div_(0.25)
+
+
+def normalised(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return ((arguments[0] - 0.5) / 0.25,)
+
+
+@pytest.mark.parametrize("kind", ["cls", "own", "swin"])
+@pytest.mark.parametrize("name", ["gradcam", "contributions", "input_x_gradient", "transition_attention", "occlusion"])
+def test_a_model_may_normalise_its_images_in_place(name: str, kind: str) -> None:
+    """Each forward is of the images as they were given, and these stay so."""
+    if kind == "swin":
+        make: Any = partial(SwinTransformer, 64, 4, embed_dim=12, depths=(2, 1), num_heads=(2, 4), num_classes=7)
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    else:
+        make, images = partial(make_model, kind), make_images(kind)
+    scores = []
+    for hook in (normalised, normalised_in_place):
+        torch.manual_seed(0)
+        model = make().eval()
+        model.register_forward_pre_hook(hook)
+        given = images.clone()
+        try:
+            explanation = get_explainer(name, model)(given, 1)
+        except UnsupportedModelError:
+            assert (name, kind) in {("transition_attention", "swin"), ("contributions", "swin")}
+            return
+        assert torch.equal(given, images)
+        assert torch.equal(explanation.inputs, images)  # type: ignore[arg-type]
+        scores.append(explanation.scores)
+    torch.testing.assert_close(*scores)

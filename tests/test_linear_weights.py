@@ -19,7 +19,7 @@ READERS = ("tokentm", "beyond_intuition")
 
 
 class OwnLowRank(nn.Module):
-    """LoRA as people write it: nothing of the layer it stands in for can be asked of it, and it counts on three axes."""
+    """LoRA as people write it: it tells nothing of the layer it stands in for, and counts on three axes."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -87,16 +87,30 @@ def check_graph(model: nn.Module, modules: Sequence[nn.Module]) -> None:
         modules: all that it consists of; see `all_modules`.
 
     Raises:
-        UnsupportedModelError: a weight or buffer was made in `torch.inference_mode`, or a module is quantised.
+        UnsupportedModelError: a weight or buffer was made in `torch.inference_mode`, or a layer is quantised.
+    """
+    check_unquantised(model, modules)
+    _check_made_outside(model, modules)
+
+
+def check_unquantised(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Refuses layers that compute with whole numbers; arguments as for `check_graph`.
+
+    Raises:
+        UnsupportedModelError: there is one.
     """
     kinds = dict.fromkeys(map(type, modules))
     quantised = next((kind for kind in kinds if kind.__module__.startswith(_QUANTISED)), None)
     if quantised is not None:
         raise UnsupportedModelError(
-            f"found a {type(model).__name__} with quantised modules ({quantised.__module__}.{quantised.__name__}), "
-            "through which no gradient can go; expected weights in floating point. Explain the model as it was before "
-            "it was quantised; on timm's quantised models, methods without a gradient work, such as rollout"
+            f"found a {type(model).__name__} with quantised layers ({quantised.__name__}), through which no "
+            "gradient goes, so that their share would be taken for nothing; expected layers in floating point. Explain "
+            "the model as it was before it was quantised, or take a method without a gradient, such as rollout or "
+            "occlusion"
         )
+
+
+def _check_made_outside(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     held: list[dict[str, Any]] = [each._parameters for each in modules if each._parameters]
     held += [each._buffers for each in modules if each._buffers]
     for tensors in held:
@@ -122,12 +136,11 @@ def borrowed(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> It
         modules: all that it consists of, where that is known; see `all_modules`.
 
     Raises:
-        UnsupportedModelError: a graph would be recorded, and a weight or buffer was made in `torch.inference_mode`, or
-            a module is quantised.
+        UnsupportedModelError: a graph would be recorded, and a weight or buffer was made in `torch.inference_mode`.
     """
     modules = all_modules(model) if modules is None else modules
     if torch.is_grad_enabled():
-        check_graph(model, modules)
+        _check_made_outside(model, modules)
     training: list[bool] = []
     checkpointed: list[tuple[nn.Module, str]] = []
     compiled: list[tuple[nn.Module, Any]] = []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from .borrowing import all_modules, borrowed, callers_autocast
+from .borrowing import all_modules, borrowed, callers_autocast, check_unquantised
 from .combination import WithoutFirstKeys
 from .errors import CaptureError, UnsupportedModelError
 from .layout import TokenLayout
@@ -88,6 +88,8 @@ class Capture:
             stack.enter_context(torch.inference_mode(False))  # in a caller's no graph could be recorded
             stack.enter_context(torch.set_grad_enabled(self.needs.gradient or self.needs.apart > 0))
             self._modules = all_modules(self.adapter.model)
+            if torch.is_grad_enabled():
+                check_unquantised(self.adapter.model, self._modules)
             stack.enter_context(borrowed(self.adapter.model, self._modules))
             stack.enter_context(self.adapter.prepared())
             self._context = stack.pop_all()

@@ -192,12 +192,12 @@ class ModelAdapter(ABC):
         self.check_block(needs.from_block)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Runs the model once: images (B, channels, H, W) to logits (B, C).
+        """Runs the model once: images (B, channels, H, W), which stay as they are, to logits (B, C).
 
         Raises:
             UnsupportedModelError: the model's output is no such tensor.
         """
-        output = self.model(images)
+        output = self.model(images.clone())  # which the model may normalise in place
         output = getattr(output, "logits", output)
         if not isinstance(output, Tensor) or output.ndim != 2:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -243,6 +243,7 @@ class ModelAdapter(ABC):
 
         Raises:
             InputError: other shapes or dtypes, an empty batch, NaN or infinite values, a size the model refuses.
+            UnsupportedModelError: the model is on the meta device.
         """
         if images.ndim == 3:
             images = images[None]
@@ -259,6 +260,11 @@ class ModelAdapter(ABC):
         self.grid((images.shape[-2], images.shape[-1]))
         reference = first_weight(self.model)
         reference = images if reference is None else reference
+        if reference.is_meta:
+            raise UnsupportedModelError(
+                f"found a {type(self.model).__name__} on the meta device, which has no weights to compute with; load "
+                "them first"
+            )
         return images.detach().to(device=reference.device, dtype=reference.dtype)
 
     def check_block(self, index: int | float) -> int:

@@ -37,8 +37,9 @@ class UnknownModelAdapter(ModelAdapter, ABC):
 
     def logits(self, images: Tensor) -> Tensor:
         """As for any adapter; the images go in by keyword where the model names its main input."""
+        given = images.clone()  # which the model may normalise in place
         try:
-            output = self.model(images) if self._keyword is None else self.model(**{self._keyword: images})
+            output = self.model(given) if self._keyword is None else self.model(**{self._keyword: given})
         except (AssertionError, RuntimeError, ValueError) as error:
             size = tuple(images.shape[-2:])
             if size == tuple(self._probe_size) or "memory" in str(error):
