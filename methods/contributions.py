@@ -67,7 +67,7 @@ class Contributions(GradientMethod, Method):
             given = given + block.propagate(torch.ones_like(seed), positive_contributions)
         layout = blocks[0].layout
         on_grid = (row[:, layout.prefix :].reshape(-1, *layout.grid) for row in (read, given))
-        both = sum((_shares(each) for each in on_grid), torch.zeros(()))
+        both = sum((_shares(each) for each in on_grid), torch.zeros((), device="cpu"))
         return _shares(both**self.sharpness) + self.surroundings * _shares(_neighbourhood(both))
 
 

@@ -60,7 +60,7 @@ class FullGradPlus(GradientMethod):
         """
         blocks = capture.meeting(self.needs).blocks[self.start_layer :]
         _check_whole(blocks)
-        scores = magnitudes = torch.zeros(())
+        scores = magnitudes = torch.zeros((), device="cpu")
         for block in reversed(blocks):
             terms = block.state("in") * block.state_gradient("in")
             if block is not blocks[-1]:

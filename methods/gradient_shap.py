@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitexplain.captum_attribution import SampledAttribution
 from vitexplain.options import option
-from vitexplain.randomness import normal_draws
+from vitexplain.randomness import DRAWN, normal_draws
 from vitexplain.registry import register_method
 from vitexplain.target_response import BASELINES, ImageResponse
 
@@ -48,7 +48,7 @@ class GradientShap(SampledAttribution):
 
         image, baseline = one.image, one.baseline(self.baseline)
         generator = torch.Generator().manual_seed(self.seed)
-        shares = torch.rand(self.samples, 1, 1, 1, generator=generator).to(image)
+        shares = torch.rand(self.samples, 1, 1, 1, generator=generator, **DRAWN).to(image)
         total = torch.zeros_like(baseline)
         for part in torch.split(shares, one.batch.part_of(self.samples)):
             way = image + self.noise * normal_draws(len(part), image, generator) - baseline

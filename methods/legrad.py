@@ -18,6 +18,7 @@ from vitexplain.method import GradientMethod
 from vitexplain.models.token_head import TokenHead, token_head
 from vitexplain.needs import Needs
 from vitexplain.options import option
+from vitexplain.randomness import DRAWN
 from vitexplain.registry import register_method
 from vitexplain.target_response import TargetResponse
 
@@ -70,7 +71,7 @@ class LeGrad(GradientMethod):
             UnsupportedModelError: the head is no linear map of tokens or of their mean.
         """
         response, head = TargetResponse.of(capture, self.info.name), token_head(capture)
-        everyone = torch.arange(len(capture.images))
+        everyone = torch.arange(len(capture.images), device="cpu")
 
         def score(tokens: Tensor) -> Tensor:
             return response.read(self._logits(head, tokens), everyone)
@@ -89,7 +90,7 @@ class LeGrad(GradientMethod):
         prefix, final = capture.layouts[-1].prefix, capture.blocks[-1].state("out")
         if self.pooling == "mean" or prefix == 0:
             return None
-        noise = torch.randn(1, *final.shape[1:], generator=torch.Generator().manual_seed(0)).to(final)
+        noise = torch.randn(1, *final.shape[1:], generator=torch.Generator().manual_seed(0), **DRAWN).to(final)
         alone, all_tokens = head.image_logits(noise[:, :prefix]), head.image_logits(noise)
         return prefix if torch.allclose(alone, all_tokens, rtol=1e-4, atol=1e-6) else None
 

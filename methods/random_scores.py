@@ -12,6 +12,7 @@ from vitexplain.capture import Capture
 from vitexplain.method import Method
 from vitexplain.metrics.draws import generators
 from vitexplain.options import option
+from vitexplain.randomness import DRAWN
 from vitexplain.registry import register_method
 
 
@@ -39,5 +40,6 @@ class RandomScores(Method):
 
     def attribute(self, capture: Capture) -> Tensor:
         """Draws (B, h, w)."""
-        maps = [torch.rand(capture.grid, generator=each) for each in generators(capture.images.bfloat16(), self.seed)]
+        own = generators(capture.images.bfloat16(), self.seed)
+        maps = [torch.rand(capture.grid, generator=each, **DRAWN) for each in own]
         return torch.stack(maps).to(widen(capture.images))

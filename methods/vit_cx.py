@@ -13,6 +13,7 @@ from vitexplain.method import Method
 from vitexplain.needs import Needs
 from vitexplain.options import option
 from vitexplain.patch_pixels import Extent, enlarged
+from vitexplain.randomness import DRAWN
 from vitexplain.registry import register_method
 from vitexplain.target_response import ImageResponse, TargetResponse
 
@@ -75,7 +76,8 @@ class ViTCX(Method):
         if not len(masks):  # features that are the same everywhere: the explainer says that the map is constant
             return masks.sum(0)
         image = one.image
-        noise = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(image) * self.noise
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(image.shape[1:], generator=generator, **DRAWN).to(image) * self.noise
 
         def noisy(numbers: Tensor) -> Tensor:
             mask = enlarged(masks.to(image)[numbers // 2], image.shape[-2:], "bilinear", extent)[:, None]

@@ -43,7 +43,7 @@ class GatedAttentionMethod(GradientMethod, AttentionMethod):
                 "the last block does not fit it; use generic_attention or rollout"
             )
         response = TargetResponse.of(capture, self.info.name)
-        everyone = torch.arange(len(capture.images))
+        everyone = torch.arange(len(capture.images), device="cpu")
         total = _gradient_rows(self.blocks(capture)[-1], rows)
         needs = Needs(attention_gradient=True, from_block=-1, backward=self.backward)
         for share in torch.linspace(0, 1, self.points, dtype=torch.float64)[:-1].tolist():

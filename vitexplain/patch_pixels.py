@@ -134,7 +134,7 @@ def _length(side: int, patch: int, counts: Sequence[int]) -> int:
 
 
 def _patches_along(
-    size: Sequence[int], grid: tuple[int, int], extent: Extent | None, device: torch.device | None = None
+    size: Sequence[int], grid: tuple[int, int], extent: Extent | None, device: torch.device | str = "cpu"
 ) -> list[Tensor]:
     """For each side, the row or column of patches (length,) that each pixel's centre lies in, int64."""
     return [

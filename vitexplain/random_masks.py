@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .randomness import DRAWN
+
 
 @dataclass(frozen=True, eq=False)
 class RandomMasks:
@@ -42,9 +44,9 @@ class RandomMasks:
         generator = torch.Generator().manual_seed(seed)
         side = max(min(size) / cells, 1)
         rows, columns = (max(round(length / side), 1) for length in size)
-        bits = (torch.rand(count, rows + 1, columns + 1, generator=generator) < probability).float()
+        bits = (torch.rand(count, rows + 1, columns + 1, generator=generator, **DRAWN) < probability).float()
         cell = (-(-size[0] // rows), -(-size[1] // columns))
-        shifts = [torch.randint(length, (count,), generator=generator) for length in cell]
+        shifts = [torch.randint(length, (count,), generator=generator, device="cpu") for length in cell]
         return cls(size, bits, torch.stack(shifts, 1), cell)
 
     def __call__(self, numbers: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class RandomMasks:
         bits, shifts = (each[numbers.cpu()].to(numbers.device) for each in (self.bits, self.shifts))
         places = []
         for axis, length in enumerate(self.size):
-            pixels = torch.arange(length, device=numbers.device) + shifts[:, axis, None]
+            pixels = (torch.arange(length, device=numbers.device) + shifts[:, axis, None]).float()
             # -1 and 1 are the outer edges of the enlarged mask, a pixel's place is its centre
             places.append((2 * pixels + 1) / (self.cell[axis] * bits.shape[axis + 1]) - 1)
         shape = (len(numbers), *self.size)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+DRAWN: Mapping[str, Any] = {"device": "cpu", "dtype": torch.float32}
+"""How torch draws numbers from generators of the CPU: the same, whatever its default device and precision are."""
 
 
 def normal_draws(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -22,7 +26,7 @@ def normal_draws(count: int, like: Tensor, generator: torch.Generator) -> Tensor
         (n, channels, H, W).
     """
     # one call a copy: a generator may give other numbers where more are asked of it together
-    return torch.stack([torch.randn(like.shape[1:], generator=generator) for _ in range(count)]).to(like)
+    return torch.stack([torch.randn(like.shape[1:], generator=generator, **DRAWN) for _ in range(count)]).to(like)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class TargetResponse:
     @property
     def clean(self) -> Tensor:
         """What the model said (B,) of the images as they are."""
-        return self.read(self.capture.logits, torch.arange(len(self.capture.images)))
+        return self.read(self.capture.logits, torch.arange(len(self.capture.images), device="cpu"))
 
     def each(self) -> Iterator[ImageResponse]:
         """The images one by one."""
@@ -176,11 +176,11 @@ class ImageResponse:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Asks about changed copies (n, channels, H, W) of the image in one forward; see `TargetResponse`."""
-        return self.batch(images, torch.full((len(images),), self.row))
+        return self.batch(images, torch.full((len(images),), self.row, device="cpu"))
 
     def read(self, logits: Tensor) -> Tensor:
         """The explained score (n,) by logits (n, C) of versions of the image."""
-        return self.batch.read(logits, torch.full((len(logits),), self.row))
+        return self.batch.read(logits, torch.full((len(logits),), self.row, device="cpu"))
 
     @torch.no_grad()
     def answers(self, versions: int, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -211,7 +211,7 @@ def _is_listed(side: object) -> TypeGuard[Any]:
 def _classes(target: object, logits: Tensor) -> tuple[Tensor, bool]:
     batch, count = logits.shape
     try:
-        classes = torch.as_tensor(target)
+        classes = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TargetError(f"found a target of type {type(target).__name__} ({target!r}), expected {FORMS}") from None
     if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..randomness import DRAWN
 from .constraint import Constraint, divergence
 from .gates import Gates
 from .hard_concrete import HIGH, LOW, TEMPERATURE, log_survival, stretched
@@ -120,7 +121,7 @@ def _search(best: _Best, margin: float, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
         # the same noise for every image, so that none depends on its neighbours
-        noise = torch.rand(logits.shape[1], generator=generator).to(logits)
+        noise = torch.rand(logits.shape[1], generator=generator, **DRAWN).to(logits)
         changed = best.change(stretched(logits, noise.expand_as(logits)))
         loss = (multipliers * changed + log_survival(logits).mean(1)).sum()
         (logits.grad,) = torch.autograd.grad(loss, [logits])

@@ -188,14 +188,14 @@ def _subset(grid: torch.Size, share: float, generator: torch.Generator) -> Tenso
     """(h, w) bool: a random subset of patches, at least one."""
     patches = grid.numel()
     removed = torch.zeros(patches, dtype=torch.bool)
-    removed[torch.randperm(patches, generator=generator)[: max(1, round(share * patches))]] = True
+    removed[torch.randperm(patches, generator=generator, device="cpu")[: max(1, round(share * patches))]] = True
     return removed.view(grid)
 
 
 def _square(grid: torch.Size, share: float, generator: torch.Generator) -> Tensor:
     """(h, w) bool: a square of patches within the grid, at a random place, at least one patch."""
     side = min(max(1, round((share * grid.numel()) ** 0.5)), *grid)
-    top, left = (int(torch.randint(length - side + 1, (), generator=generator)) for length in grid)
+    top, left = (int(torch.randint(length - side + 1, (), generator=generator, device="cpu")) for length in grid)
     removed = torch.zeros(grid, dtype=torch.bool)
     removed[top : top + side, left : left + side] = True
     return removed

@@ -21,6 +21,7 @@ from ..method import Method
 from ..models import adapt
 from ..models.adapter import ModelAdapter
 from ..models.unknown import UnknownModelAdapter
+from ..randomness import DRAWN
 from ..registry import create_method
 from ..targets import Target
 from .batches import explain_quietly, one_class, subject_of
@@ -241,7 +242,7 @@ def _randomise(parameters: Iterable[nn.Parameter], generator: torch.Generator) -
     with torch.no_grad():
         for parameter in parameters:
             trained = parameter.float()
-            noise = torch.randn(parameter.shape, generator=generator).to(trained)
+            noise = torch.randn(parameter.shape, generator=generator, **DRAWN).to(trained)
             parameter.copy_(trained.mean() + trained.std(correction=0) * noise)
 
 

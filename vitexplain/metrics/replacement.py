@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..randomness import DRAWN
 from .draws import generators
 from .predictor import Predictor
 
@@ -56,7 +57,7 @@ def _blur(inputs: Tensor, predictor: Predictor, seed: int) -> Tensor:
 
 def _noise(inputs: Tensor, predictor: Predictor, seed: int) -> Tensor:
     own = generators(inputs, seed)
-    return torch.stack([torch.empty(inputs.shape[1:]).uniform_(-1, 1, generator=each) for each in own])
+    return torch.stack([torch.empty(inputs.shape[1:], **DRAWN).uniform_(-1, 1, generator=each) for each in own])
 
 
 def _image_mean(inputs: Tensor, predictor: Predictor, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import option
+from ..randomness import DRAWN
 from .catalogue import Figure, register_metric
 from .draws import generators
 from .metric import Metric, MetricBatch
@@ -49,7 +50,9 @@ class SensitivityMax(Metric):
         def perturb(images: Tensor) -> Tensor:
             times = range(len(images) // count)  # captum repeats every image this often, side by side
             shape, radius = images.shape[1:], self.radius
-            noise = [torch.empty(shape).uniform_(-radius, radius, generator=mine) for mine in own for _ in times]
+            noise = [
+                torch.empty(shape, **DRAWN).uniform_(-radius, radius, generator=mine) for mine in own for _ in times
+            ]
             return images + torch.stack(noise).to(images)
 
         def explanation(images: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

@@ -169,7 +169,7 @@ class TokenDropper:
     def _check_set(self, image: Tensor) -> None:
         """Patch tokens in another order give the same logits, and half of them give some."""
         count = self.layout.count - self.layout.prefix
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(image.device)[None]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu").to(image.device)[None]
         plain, mixed = self.predictor.logits(image), self._tried(image, order)
         tolerance = torch.finfo(_precision(image)).eps ** 0.5 * (plain - plain.mean()).abs().max()
         if not (mixed - plain).abs().max() <= tolerance:

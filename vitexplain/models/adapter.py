@@ -17,6 +17,7 @@ from ..combination import Combination
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Arrangement, TokenLayout, Windows
 from ..patch_pixels import grid_extent
+from ..randomness import DRAWN
 
 if TYPE_CHECKING:
     from ..needs import Needs, State
@@ -209,7 +210,7 @@ class ModelAdapter(ABC):
 
     def noise(self, size: tuple[int, int]) -> Tensor:
         """One image (1, channels, H, W) to find things out with, the same every time."""
-        noise = torch.randn(1, self.num_channels, *size, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, self.num_channels, *size, generator=torch.Generator().manual_seed(0), **DRAWN)
         reference = first_weight(self.model)
         return noise if reference is None else noise.to(device=reference.device, dtype=reference.dtype)
 

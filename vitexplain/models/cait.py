@@ -125,7 +125,7 @@ class CaitAdapter(KnownAdapter):
 
     def class_seed(self, num_tokens: int) -> Tensor:
         """CLS, or uniform over the patches, as the head reads them."""
-        weights = torch.zeros(num_tokens)
+        weights = torch.zeros(num_tokens, device="cpu", dtype=torch.float32)
         if self._cait.global_pool == "token":
             weights[0] = 1.0
         else:

@@ -12,6 +12,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree
 
 from ..errors import InputError, UnsupportedModelError
+from ..randomness import DRAWN
 from .operators import evaluate, mark_images, operator_name
 
 
@@ -39,7 +40,7 @@ class ExportedInput:
 
     def noise(self, like: Tensor | None, seed: int) -> Tensor:
         """Images (B, channels, H, W) to try the graph on, on the device and in the precision of a weight."""
-        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed), **DRAWN)
         return noise if like is None else noise.to(like)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..randomness import DRAWN
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _LOOSE = 0.05  # half precisions
@@ -114,7 +115,7 @@ def _other_values(joined: Sequence[Joined]) -> dict[Tensor, Tensor]:
     values: dict[Tensor, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for parameter in dict.fromkeys(each for block in joined for each in _small(block).values()):
-        random = 0.5 + torch.rand(parameter.shape, generator=generator)
+        random = 0.5 + torch.rand(parameter.shape, generator=generator, **DRAWN)
         values[parameter] = random.to(parameter) * parameter.abs().max().clamp(min=0.1)
     return values
 

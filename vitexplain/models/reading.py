@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..borrowing import borrowed
 from ..combination import Combination, WithoutFirstKeys
 from ..errors import UnsupportedModelError
+from ..randomness import DRAWN
 from .adapter import BlockModules, ModelAdapter
 from .probe import AttentionCall, Forward, watch
 from .token_order import rows_moved
@@ -310,7 +311,7 @@ def _absolute_gradients(logits: Tensor, leaf: Tensor, directions: int) -> Tensor
     total = torch.zeros(leaf.shape, device=leaf.device)
     generator = torch.Generator().manual_seed(0)
     for _ in range(directions):
-        direction = torch.randn(logits.shape, generator=generator).to(logits.device)
+        direction = torch.randn(logits.shape, generator=generator, **DRAWN).to(logits.device)
         gradient = _finite_gradient(logits, leaf, direction)
         if gradient is None:
             return None

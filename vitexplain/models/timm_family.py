@@ -162,7 +162,7 @@ class TimmAdapter(KnownAdapter):
 
     def class_seed(self, num_tokens: int) -> Tensor:
         """CLS; half CLS, half DIST; or uniform over the mean-pooled tokens, as the head reads them."""
-        weights = torch.zeros(num_tokens)
+        weights = torch.zeros(num_tokens, device="cpu", dtype=torch.float32)
         pool = "map" if getattr(self._vit, "attn_pool", None) is not None else self._vit.global_pool
         if hasattr(self._vit, "head_dist"):
             weights[:2] = 0.5

@@ -70,7 +70,7 @@ class SwinAdapter(KnownAdapter):
                 f"the head pools tokens by {pooling!r}; expected 'avg', where the seed row of a rollout is known. "
                 f"{WITHOUT_SEED}"
             )
-        return torch.full((num_tokens,), 1 / num_tokens)
+        return torch.full((num_tokens,), 1 / num_tokens, device="cpu", dtype=torch.float32)
 
     def output_weight(self, block: int) -> Tensor:
         """Refused: values are cut into windows, and token states are not."""
