@@ -137,6 +137,8 @@ def test_tables_name_classes(folder: Path, tmp_path: Path) -> None:
     assert [each.target for each in entries(folder / "u.parquet")] == [3, None, 2]
     (folder / "v.csv").write_text("path\n000.png\n")
     assert [each.target for each in entries(folder / "v.csv")] == [None]
+    (folder / "w.csv").write_text("path, target\n000.png, fish\n")
+    assert [each.target for each in entries(folder / "w.csv")] == [3]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,8 @@ def test_tables_name_classes(folder: Path, tmp_path: Path) -> None:
         ("t.csv", b"file\nx.png\n", r"no column 'path', found 'file'.*--path-column"),
         ("t.csv", b"", "no column 'path', found none"),
         ("t.csv", b"path\n\xff\xfe", "cannot be read: UnicodeDecodeError"),
+        ("t.csv", b'"path,target\n' + b"x.png,1\n" * 20_000, "line .*: field larger than field limit"),
+        ("t.csv", b"path,Target\nx.png,1\n", "no column 'target', found 'path', 'Target'; .*--target-column"),
         ("t.parquet", b"PAR1", "cannot be read: .*Expected a Parquet file"),
         ("t.txt", b"\n\n", "no images in"),
         ("t.tar", b"no tar", "no uncompressed tar file"),
@@ -155,6 +159,14 @@ def test_a_table_or_shard_that_cannot_be_read(tmp_path: Path, name: str, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         entries(tmp_path / name)
+
+
+def test_a_column_of_classes_that_is_named_has_to_be_there(folder: Path) -> None:
+    (folder / "t.csv").write_text("path,target\n000.png,fish\n")
+    (folder / "t.txt").write_text("000.png\n")
+    with pytest.raises(InputError, match="no column 'klass', found 'path', 'target'; .*--target-column"):
+        entries(folder / "t.csv", target="klass")
+    assert [each.target for each in entries(folder / "t.txt", target="klass")] == [None]
 
 
 def test_nothing_is_said_with_the_place(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ class TableColumns:
 
     Attributes:
         path: the column with paths or URLs.
-        target: the column with the class explained, index or name; where it is missing or a cell is empty, the
-            predicted class is. None: no column is, so that no table names a class.
+        target: the column with the class explained, index or name; where a cell is empty, the predicted class is. A
+            table need not have the column ``"target"``, but has to have one of another name. None: no column is, so
+            that no table names a class.
         root: folder or URL that relative paths start from; None for the one that holds the table.
     """
 
@@ -45,7 +46,7 @@ def entries_of_table(file: str, columns: TableColumns, class_index: Callable[[st
         class_index: the class that a target names.
 
     Raises:
-        InputError: the table cannot be read, or has no such column.
+        InputError: the table cannot be read, or lacks a column.
     """
     root = columns.root if columns.root is not None else _folder(file)
     for number, row in enumerate(_rows(file, columns), 1):
@@ -82,8 +83,9 @@ def _rows(file: str, columns: TableColumns) -> Iterator[Mapping[str, Any]]:
         yield from ({columns.path: line} for line in text.splitlines() if line.strip())
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    _check_column(file, columns, reader.fieldnames or [])
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]  # "path, target" has the column target
+        _check_columns(file, columns, reader.fieldnames)
         yield from reader
     except csv.Error as error:
         raise InputError(f"{file!r}, line {reader.line_num}: {error}; expected comma-separated values") from error
@@ -99,18 +101,26 @@ def _parquet_rows(file: str, content: bytes, columns: TableColumns) -> Iterator[
     try:
         source = pq.ParquetFile(io.BytesIO(content))
         names = source.schema_arrow.names
-        _check_column(file, columns, names)
+        _check_columns(file, columns, names)
         for batch in source.iter_batches(columns=[each for each in (columns.path, columns.target) if each in names]):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise InputError(f"the table {file!r} cannot be read: {error}. Expected a Parquet file") from error
 
 
-def _check_column(file: str, columns: TableColumns, names: Any) -> None:
+def _check_columns(file: str, columns: TableColumns, names: Sequence[str]) -> None:
+    """Makes sure that a column which was meant is not taken for none, so that other classes would be explained."""
+    found = ", ".join(map(repr, names)) or "none"
     if columns.path not in names:
         raise InputError(
-            f"{file!r} has no column {columns.path!r}, found {', '.join(map(repr, names)) or 'none'}; name the column "
-            "of paths with --path-column"
+            f"{file!r} has no column {columns.path!r}, found {found}; name the column of paths with --path-column"
+        )
+    if columns.target is None or columns.target in names:
+        return
+    meant = [name for name in names if name.strip().lower() == columns.target.lower()]
+    if meant or columns.target != TableColumns.target:
+        raise InputError(
+            f"{file!r} has no column {columns.target!r}, found {found}; name the column of classes with --target-column"
         )
 
 
