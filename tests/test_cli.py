@@ -133,6 +133,16 @@ class TestExplain:
         named = next((tmp_path / output).glob("a-*.png"))
         assert explain(folder, named, "--output", tmp_path / "others").stdout.startswith("2 of 2 images explained.")
 
+    def test_overlays_of_earlier_runs_for_other_classes_are_not_explained(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "a-1.png").write_bytes((folder / "a.png").read_bytes())
+        (tmp_path / "a.png").write_bytes((folder / "a.png").read_bytes())
+        (tmp_path / "a-1.npy").write_bytes(b"features of somebody's own")
+        for target in ("1", "2", "3"):
+            words = ["--method", "rollout", "--target", target, "--output", tmp_path]
+            assert run("explain", tmp_path, *words).stdout.startswith("2 of 2 images explained.")
+        result = run("compare", tmp_path, "--methods", "rollout", "--output", tmp_path / "report.png")
+        assert {line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]} == {"a.png", "a-1.png"}
+
     def test_preprocessing_in_one_option(self, folder: Path, tmp_path: Path) -> None:
         words = ["--preprocessing", "size=(96, 128)", "--preprocessing", "crop_mode=squash", "--std", "0.4,0.4,0.4"]
         assert explain(folder, *words, "--output", tmp_path).exit_code == 0

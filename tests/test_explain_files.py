@@ -182,6 +182,15 @@ def test_results_of_an_earlier_run_are_replaced(tmp_path: Path, model: LoadedMod
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+def test_somebody_elses_record_is_not_replaced(tmp_path: Path, model: LoadedModel) -> None:
+    files = [picture(tmp_path / "b.png"), picture(tmp_path / "a.png")]
+    (tmp_path / "a.json").write_text('{"shapes": ["drawn by hand"]}')
+    with pytest.raises(ExportError, match=r"a\.json' is there already and no record of an earlier run"):
+        explain_to_folder(files, model, [create_method("rollout")], [1], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png", "a.json"}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"shapes": ["drawn by hand"]}
+
+
 def test_what_cannot_be_done_is_said_before_anything_is_read(
     tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,23 @@ def test_files_folders_and_patterns(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert [(each.path, each.location) for each in entries("001.png")] == [("001.png", found[1])]
 
 
+def test_a_pattern_is_of_pictures_or_of_lists(
+    memory: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "readme.txt").write_text("Pictures of my holidays\n")
+    upload(memory, "a.png", b"")
+    upload(memory, "readme.txt", b"Pictures of my holidays\n")
+    for place in (tmp_path / "*", f"{memory}/*"):
+        with pytest.raises(InputError, match=r"fits \d pictures, and 1 lists, tables or shards \(such as .*readme"):
+            entries(place)
+    assert len(entries(tmp_path / "*.txt")) == 1
+    assert len(entries(folder / "*")) == 4
+    (folder / "notes.md").rename(folder / "list.txt")
+    monkeypatch.chdir(folder)
+    (entry,) = entries("./*.txt")
+    assert entry.path == "no picture"
+
+
 def test_the_query_of_a_web_address_is_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     class Web:
         """All addresses without a query, and one with it."""

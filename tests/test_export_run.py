@@ -420,8 +420,23 @@ def test_results_among_the_images_are_no_images(tmp_path: Path, explained: list[
     for _ in range(2):
         assert len(export(tmp_path, tmp_path / "out", view="overlay")) == 3
     assert explained == [3]
+    views = tmp_path / "out" / "views"
+    with pytest.raises(InputError, match="results of earlier runs, which are left out"):
+        export(views, tmp_path / "out")
     with pytest.raises(InputError, match="all images are views in the output folder"):
-        export(tmp_path / "out" / "views", tmp_path / "out")
+        export(next(views.glob("*/*.jpg")), tmp_path / "out")
+
+
+def test_results_of_other_runs_are_no_images(tmp_path: Path, explained: list[int]) -> None:
+    (tmp_path / "photos").mkdir()
+    pictures(tmp_path / "photos", 3)
+    export(tmp_path / "photos", tmp_path / "photos" / "out", view="overlay", view_format="png")
+    assert len(export(tmp_path / "photos", tmp_path / "photos" / "other")) == 3
+    assert len(export(str(tmp_path / "photos" / "**" / "*.png"), tmp_path / "photos" / "third")) == 3
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for _ in range(2):
+        assert len(export(tmp_path / "link", tmp_path / "photos" / "fourth", view="overlay")) == 3
+    assert explained == [3, 3, 3, 3]
 
 
 def test_images_in_the_output_folder_are_images(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ class TestFindImages:
         for searched in (folder, folder / "**" / "*"):
             assert set(find_images(searched, leave_out=lambda file: file == result)) == {*everything[1:]}
         assert find_images([result, folder], leave_out=lambda file: file == result) == everything
-        with pytest.raises(InputError, match="what is there are results in the output folder, which are left out"):
+        with pytest.raises(InputError, match="what is there are results of earlier runs, which are left out"):
             find_images(folder, leave_out=lambda _: True)
 
     def test_no_inputs(self) -> None:

@@ -168,17 +168,18 @@ def explain(
 ) -> None:
     """Explains images: an overlay PNG and raw scores (.npy) for each map, one JSON record for each image.
 
-    A file that cannot be read is reported and left out; the others are still done. So are the overlays of
-    earlier runs, where a folder or a pattern is searched for images.
+    A file that cannot be read is reported and left out; the others are still done. Pictures that earlier runs of
+    explain and export wrote are left out, too, where a folder or a pattern is searched for images.
 
     Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
     from .automatic import NAME as AUTOMATIC
     from .automatic import automatic
     from .cli_values import configure_methods, read_numbers, read_preprocessing, read_size
-    from .explain_files import explain_to_folder, is_overlay
+    from .explain_files import explain_to_folder
     from .images import find_images
     from .models.loading import load_model
+    from .own_pictures import is_own_picture
 
     asked = {
         "size": read_size(size),
@@ -194,7 +195,7 @@ def explain(
         raise OptionError(f"found {twice[0]} in --preprocessing and in an option of its own, expected it once")
     settings |= {name: value for name, value in asked.items() if value is not None}
     methods = configure_methods(method, option or []) if method and method != [AUTOMATIC] else None
-    files = find_images(images, leave_out=is_overlay)
+    files = find_images(images, leave_out=is_own_picture)
     loaded = load_model(model, checkpoint=checkpoint, labels=labels, preprocessing=settings, device=device)
     methods = methods or configure_methods([automatic(loaded.subject).info.name], option or [])
     targets = [loaded.class_index(each) for each in target or ()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import warnings
@@ -22,6 +21,7 @@ from .explanation import Explanation
 from .files import distinct_names, make_folder, save_json, save_scores
 from .method import Method
 from .models.loading import LoadedModel
+from .own_pictures import is_record
 from .render import evidence, save_png
 
 _MOST_LIKELY = 5
@@ -48,7 +48,7 @@ def explain_to_folder(
         model: from `load_model`.
         methods: configured methods; one capture serves all.
         targets: class indices explained for every image; empty for each image's predicted class.
-        output: folder for the results; results of an earlier run are replaced.
+        output: folder for the results; those of an earlier run are replaced, somebody else's files are not.
         batch_size: images at a time.
         box_threshold: draws boxes around what is hotter than this share of each map's highest heat, and records them;
             None draws none.
@@ -60,7 +60,7 @@ def explain_to_folder(
     Raises:
         TargetError: the model has no such class.
         OptionError: no methods, a batch size below 1, or a threshold outside [0, 1).
-        ExportError: a result cannot be written, or would replace one of the images.
+        ExportError: a result cannot be written, or would replace one of the images or a JSON file of somebody else's.
     """
     if not methods or batch_size < 1:
         raise OptionError(f"found {len(methods)} methods and batch_size={batch_size}, expected at least 1 of each")
@@ -89,24 +89,6 @@ def explain_to_folder(
                 writer.write(position, file, [each[index] for each in explanations])
                 progress.update()
     return len(files) - len(failures), failures
-
-
-def is_overlay(file: Path) -> bool:
-    """Whether a picture is an overlay that an earlier run wrote: a record in its folder says so."""
-    if file.suffix != ".png" or not file.with_suffix(".npy").exists():
-        return False
-    parts = file.stem.split("-")  # of the image, the method and the class, each of which may have more of them
-    records = (file.with_name(f"{'-'.join(parts[:count])}.json") for count in range(1, len(parts)))
-    return any(file.name in _overlays(record) for record in records if record.exists())
-
-
-def _overlays(record: Path) -> list[Any]:
-    """The names of the overlays that a record lists; none where it is somebody else's file."""
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        return [each["overlay"] for each in content["maps"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
 
 
 def _explain(
@@ -140,6 +122,9 @@ class _Writer:
         methods: in the order of the explanations.
         about: what every record says.
         box_threshold: where boxes are drawn, if anywhere.
+
+    Raises:
+        ExportError: a record would replace a JSON file that is none.
     """
 
     def __init__(
@@ -157,6 +142,12 @@ class _Writer:
         self.method_names = distinct_names([method.info.name for method in methods])
         self.about = about
         self.box_threshold = box_threshold
+        for record in (output / f"{name}.json" for name in self.names):
+            if record.exists() and not is_record(record):
+                raise ExportError(
+                    f"{str(record)!r} is there already and no record of an earlier run, and would be overwritten by one; "
+                    "choose another output folder"
+                )
 
     def write(self, position: int, file: Path, explanations: Sequence[Explanation]) -> None:
         """Writes maps and record of one image; each explanation is a batch of one."""

@@ -137,7 +137,7 @@ def find_images(
         matches = everything if named else list(filterfalse(leave_out, everything))
         if not matches:
             if everything:
-                reason = "what is there are results in the output folder, which are left out"
+                reason = "what is there are results of earlier runs, which are left out"
             elif os.path.isdir(text):
                 reason = "the folder holds none"
             else:

@@ -91,10 +91,11 @@ def compare_command(
     from ..cli_values import configure_methods, read_preprocessing
     from ..images import find_images
     from ..models.loading import load_model
+    from ..own_pictures import is_own_picture
     from .run import compare
 
     chosen = configure_methods(_listed(methods), option or [])
-    files = find_images(images, leave_out=lambda file: file.resolve() == output.resolve())
+    files = find_images(images, leave_out=lambda file: file.resolve() == output.resolve() or is_own_picture(file))
     common: dict[str, Any] = {"preprocessing": read_preprocessing(preprocessing or []), "device": device}
     models = [load_model(name, checkpoint=checkpoint, labels=labels, **common) for name in names]
     classes: Any = None if targets is None else _listed(targets)

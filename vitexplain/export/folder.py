@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..errors import ExportError
 from ..files import distinct_names, write_parquet, write_whole
+from ..own_pictures import VIEWS
 from .pipeline import ShardTask
 from .rows import rows_table
 from .settings import ExportSettings
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pyarrow as pa
-
-VIEWS = "views"
-"""The folder of the pictures, in that of an export."""
 
 _SCORES, _PICTURES = b"scores_sha256", b"views_sha256"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import InputError
 from ..images import IMAGE_SUFFIXES, find_images
+from ..own_pictures import is_own_picture
 from .entries import Entry
 from .storage import find_remote, is_url, name_of
 from .tables import TABLE_SUFFIXES, TableColumns, entries_of_table
@@ -23,7 +24,8 @@ def list_entries(
 
     An input is an image, a folder (searched recursively, in sorted order), a pattern such as ``photos/*.jpg``, a list
     of paths (``.txt``), a table (``.csv``, ``.parquet``), an uncompressed tar shard (``.tar``), or a URL of any of
-    these that fsspec understands.
+    these that fsspec understands. A pattern is one of pictures, or of lists, tables and shards. What earlier runs wrote
+    is left out where folders and patterns of this machine are searched (`vitexplain.own_pictures`).
 
     Args:
         inputs: one or several.
@@ -31,7 +33,7 @@ def list_entries(
         class_index: the class that a table's target names.
 
     Raises:
-        InputError: an input is not there, cannot be read, or holds no images.
+        InputError: an input is not there, cannot be read, or holds no images; or a pattern fits both.
     """
     inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if not inputs:
@@ -47,16 +49,40 @@ def list_entries(
 
 
 def _files(text: str) -> list[str]:
-    """The files that one input names; lists, tables and shards among them."""
+    """The files that one input names; lists, tables and shards among them.
+
+    Raises:
+        InputError: as `list_entries`.
+    """
     if is_url(text):
-        return find_remote(text, _is_image, lambda path: _is_image(path) or _is_container(path))
+        return _of_one_kind(text, find_remote(text, _is_image, lambda path: _is_image(path) or _is_container(path)))
     text = os.path.expanduser(text)
-    if os.path.isfile(text) or not glob.has_magic(text):
-        return [text] if os.path.isfile(text) else [os.fspath(path) for path in find_images(text)]
-    containers = sorted(path for path in glob.glob(text, recursive=True) if _is_container(path))
-    if containers:
+    if os.path.isfile(text):
+        return [text]
+    containers = sorted(filter(_is_container, glob.glob(text, recursive=True))) if glob.has_magic(text) else []
+    try:
+        pictures = [os.fspath(path) for path in find_images(text, leave_out=is_own_picture)]
+    except InputError:
+        if not containers:
+            raise
         return containers
-    return [os.fspath(path) for path in find_images(text)]
+    return _of_one_kind(text, [*containers, *(path for path in pictures if not _is_container(path))])
+
+
+def _of_one_kind(pattern: str, files: list[str]) -> list[str]:
+    """The files, where all are pictures, or none is.
+
+    Raises:
+        InputError: a file such as ``readme.txt`` would be read as a list, beside pictures or in their place.
+    """
+    containers = [file for file in files if _is_container(file)]
+    if containers and len(containers) < len(files):
+        raise InputError(
+            f"the pattern {pattern!r} fits {len(files) - len(containers)} pictures, and {len(containers)} lists, tables "
+            f"or shards (such as {containers[0]!r}); expected one of them: add a suffix to the pattern, such as '*.jpg' "
+            "or '*.tar', or give the folder for the pictures in it"
+        )
+    return files
 
 
 def _entries(file: str, columns: TableColumns, class_index: Callable[[str], int]) -> Iterator[Entry]:

@@ -17,12 +17,13 @@ from ..errors import ExplanationWarning, InputError
 from ..files import save_json, write_parquet
 from ..locking import locked
 from ..method import Method
+from ..own_pictures import VIEWS
 from ..registry import create_method
 from .ahead import BoundedWork
 from .entries import Entry
 from .entry_table import read_entries, table_of_entries
 from .extra import require
-from .folder import VIEWS, ExportFolder
+from .folder import ExportFolder
 from .inputs import Place, list_entries
 from .manifest import LAYOUT, check_entries, check_same, circumstances, describe, now, read_manifest
 from .pipeline import Pipeline, ShardTask
@@ -96,7 +97,7 @@ def export_heatmaps(
 
 
 def _no_views(entries: Sequence[Entry], output: str | os.PathLike[str]) -> list[Entry]:
-    """The images that are no views of an earlier run, where those lie in a folder that is searched for images."""
+    """The images that are no views of an earlier run into the same folder, which may be among those that are named."""
     views = os.path.join(os.path.abspath(output), VIEWS, "")
     kept = [entry for entry in entries if not entry.location.startswith(views)]
     if not kept:
