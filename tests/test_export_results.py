@@ -153,6 +153,25 @@ def test_one_file_is_whole_or_not_there(result: HeatmapExport, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_ends_no_process(result: HeatmapExport, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (0, 1_000, 3_000, 6_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            with pytest.raises(ExportError, match=r"cannot write .*all\.h5': OSError"):
+                result.save(tmp_path / "all.h5")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_heatmap_of_a_method_that_is_not_there(result: HeatmapExport) -> None:
+    for view in (result.heatmap, result.overlay):
+        with pytest.raises(UnknownNameError, match="no method in this export called 'gradcam'"):
+            view(0, "gradcam")
+
+
 def test_what_is_no_export(tmp_path: Path, images: list[Path]) -> None:
     with pytest.raises(InputError, match=r"no export in .*manifest\.json is missing"):
         open_export(tmp_path)

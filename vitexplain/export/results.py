@@ -149,12 +149,14 @@ class HeatmapExport:
 
         Raises:
             InputError: as `scores`.
+            UnknownNameError: no such method.
         """
         from ..render import normalise, upsample
 
+        scores = torch.from_numpy(self.scores(image, method))
         size = size or self._preprocessing.size
         extent = scaled_extent(self.manifest["methods"][method].get("extent"), self._preprocessing.size, size)
-        maps = upsample(torch.from_numpy(self.scores(image, method)), size, extent=extent)
+        maps = upsample(scores, size, extent=extent)
         heat: npt.NDArray[np.float32] = normalise(maps, signed=self._signed(method)).numpy()
         return heat
 
@@ -171,6 +173,7 @@ class HeatmapExport:
 
         Raises:
             InputError: as `scores`; or the image is not there any more.
+            UnknownNameError: no such method.
         """
         from ..render import overlay
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -79,15 +80,47 @@ def _write_npz(export: HeatmapExport, file: BinaryIO) -> None:
 def _write_hdf5(export: HeatmapExport, file: BinaryIO) -> None:
     import h5py
 
-    with h5py.File(file.name, "w") as target:  # by name: HDF5 has to read what it writes
-        for method in export.methods:
-            _write_scores(export, method, target)
-        for name, values in _figures(export).items():
-            texts = values.dtype.kind == "U"
-            target.create_dataset(name, data=values.astype(object) if texts else values)
+    with _Disk(file.name, "w+") as disk:  # opened anew: HDF5 has to read what it writes
+        try:
+            with h5py.File(disk, "w") as target:
+                for method in export.methods:
+                    _write_scores(export, method, target, disk)
+                for name, values in _figures(export).items():
+                    texts = values.dtype.kind == "U"
+                    target.create_dataset(name, data=values.astype(object) if texts else values)
+        finally:
+            disk.check()
 
 
-def _write_scores(export: HeatmapExport, method: str, target: h5py.File) -> None:
+class _Disk(io.FileIO):
+    """A file whose failed writes are told afterwards: HDF5 crashes where it learns of one while it closes its file."""
+
+    failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        count = len(left)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = self.failure or error
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
+
+    def check(self) -> None:
+        """Raises what the first write that failed raised."""
+        if self.failure is not None:
+            raise self.failure
+
+
+def _write_scores(export: HeatmapExport, method: str, target: h5py.File, disk: _Disk) -> None:
     size, targets = len(export), export.settings.num_targets
     grid = tuple(export.manifest["methods"][method]["grid"])
     chunks = (min(size, 32), targets, *grid)
@@ -97,6 +130,7 @@ def _write_scores(export: HeatmapExport, method: str, target: h5py.File) -> None
     start = 0
     for scores in _scores(export, method):
         dataset[start : start + len(scores)] = scores
+        disk.check()
         start += len(scores)
 
 
