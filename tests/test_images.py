@@ -214,6 +214,17 @@ class TestFindImages:
         assert self.names(["."]) == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tif"]
         assert find_images(folder)[0] == folder / "a.JPG"
 
+    def test_links_to_folders_elsewhere_are_followed_and_circles_are_not(self, folder: Path, tmp_path: Path) -> None:
+        elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+        (elsewhere / "more").mkdir(parents=True)
+        (elsewhere / "more" / "e.png").touch()
+        for link, target in (("sub/linked", elsewhere), ("twice", elsewhere), ("self", folder), ("sub/up", tmp_path)):
+            (folder / link).symlink_to(target)
+        (elsewhere / "back").symlink_to(folder / "sub")
+        (folder / "gone").symlink_to(folder / "nowhere")
+        expected = ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tif", "sub/linked/more/e.png"]
+        assert self.names(".") == expected
+
     def test_named_files_stay_whatever_their_suffix(self, folder: Path) -> None:
         assert self.names(["scan.dat", Path("b.png")]) == ["scan.dat", "b.png"]
 

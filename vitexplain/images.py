@@ -112,7 +112,8 @@ def find_images(
     """Lists the picture files that a user means by files, folders and glob patterns.
 
     Files that are named stay whatever their suffix; folders are searched recursively for `IMAGE_SUFFIXES`, in sorted
-    order and without what is hidden; a pattern keeps pictures, or what its own suffix says (``"scans/*.dat"``).
+    order and without what is hidden, links to folders elsewhere too; a pattern keeps pictures, or what its own suffix
+    says (``"scans/*.dat"``).
 
     Args:
         inputs: one or several files, folders or patterns (``*``, ``?``, ``[...]``, ``**``).
@@ -168,15 +169,27 @@ def _expand(text: str) -> Iterator[Path]:
 
 
 def _walk(folder: str) -> Iterator[Path]:
+    yield from sorted(_files_below(folder, []))
+
+
+def _files_below(folder: str, searched: list[str]) -> Iterator[Path]:
+    """The pictures in a folder and below, also behind links that lead out of what was searched, each such once."""
+
     def refuse(error: OSError) -> None:
         raise InputError(f"the folder {error.filename!r} cannot be searched: {error.strerror}.") from error
 
-    files: list[Path] = []
+    searched.append(os.path.realpath(folder))
+    links: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]  # where it goes next
+        links += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
         visible = (name for name in names if not name.startswith("."))
-        files += [Path(parent, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    yield from sorted(files)
+        yield from (Path(parent, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    for link in sorted(links):
+        place = os.path.join(os.path.realpath(link), "")
+        known = [os.path.join(each, "") for each in searched]
+        if not any(place.startswith(each) or each.startswith(place) for each in known):  # nor in a circle
+            yield from _files_below(link, searched)
 
 
 def _name(source: Any) -> str:
