@@ -151,6 +151,7 @@ class TestCoco:
             ),
             (lambda c: c["annotations"][0].update(segmentation=[[1, 2, "3", 4]]), r"found a polygon"),
             (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 2**70, 4, 5, 6]]), r"found a polygon"),
+            (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 1e8, 4, 5, 6]]), r"found a polygon"),
             (lambda c: c["annotations"][0].update(segmentation=[[1, 2, float("nan"), 4, 5, 6]]), r"found a polygon"),
             (lambda c: c["annotations"][0].update(segmentation=7), r"found a segmentation 7"),
             (lambda c: c["annotations"][1]["segmentation"].update(size=[30, 20]), r"of size \[20, 30\]"),
@@ -251,6 +252,12 @@ class TestImageNetSegmentation:
             content["value/img"] = np.zeros((3, 1))
         with pytest.raises(InputError, match=r"found /value/img \(3, 1\) and /value/gt None, expected two lists"):
             open_dataset(f"imagenet_segmentation:{file}")
+        for target in (np.zeros((2, 1)), np.zeros((1, 1))):
+            self.matlab(file, [np.eye(4, dtype=np.uint8)] * 2)
+            with h5py.File(file, "a") as content:
+                content["value/target"] = target
+            with pytest.raises(InputError, match=r"a /value/target that cannot be read .*, expected 2 references"):
+                open_dataset(f"imagenet_segmentation:{file}")
         self.matlab(file, [np.full((4, 4), 3, np.uint8)])
         with pytest.raises(InputError, match=r"picture 0: found mask values \[3\], expected"):
             open_dataset(f"imagenet_segmentation:{file}")[0]
@@ -380,6 +387,13 @@ class TestVoc:
         write(root / "Annotations/2007_000033.xml", text)
         with pytest.raises(InputError, match=words):
             self.open(root)
+
+    def test_text_that_is_marked_as_such_is_text(self, root: Path) -> None:
+        before = self.open(root).names
+        file = root / "Annotations/2007_000033.xml"
+        text = "<!-- drawn <by> hand --><filename><![CDATA[2007_000033.jpg]]></filename></annotation>"
+        file.write_text(file.read_text().replace("</annotation>", text))
+        assert self.open(root).names == before
 
     def test_wrong_lists_are_named(self, root: Path) -> None:
         with pytest.raises(InputError, match=r"minival.txt' cannot be read"):

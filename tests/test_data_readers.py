@@ -126,10 +126,17 @@ class TestImageFolder:
     def test_sorted_order(self, tmp_path: Path) -> None:
         for folder in ("ten", "apple", "Z"):
             picture(tmp_path / folder / "a.png")
+        (tmp_path / ".cache").mkdir()
         found = {each.name: each.labels for each in open_dataset(f"imagefolder:{tmp_path}", classes="own")}
         assert found == {"Z/a.png": (0,), "apple/a.png": (1,), "ten/a.png": (2,)}
         with pytest.raises(InputError, match=r"found 3 class folders .* the labels of the model are 2"):
             open_dataset(f"imagefolder:{tmp_path}", classes="own", labels=["a", "b"])
+
+    def test_a_class_without_pictures_keeps_its_place(self, tmp_path: Path) -> None:
+        for folder in ("a", "c"):
+            picture(tmp_path / folder / "a.png")
+        (tmp_path / "b").mkdir()
+        assert [each.labels for each in open_dataset(f"imagefolder:{tmp_path}", classes="own")] == [(0,), (2,)]
 
     def test_wrong_folders(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"the folder holds none"):
@@ -173,6 +180,21 @@ class TestFolder:
         found = open_dataset(f"folder:{root}", labels=LABELS, ignored=-1)[0].mask
         assert found is not None
         assert set(np.unique(found)) == {0, 1}
+
+    def test_a_white_object_with_smooth_edges_is_no_number(self, root: Path) -> None:
+        values = np.full((20, 10), 255, np.uint8)
+        values[:5], values[5:7] = 0, 128
+        mask(root / "masks" / "cat" / "a.png", values)
+        with pytest.raises(InputError, match=r"more of 255, which is left out, .* up to 128: grey levels.*ignored=-1"):
+            open_dataset(f"folder:{root}", labels=LABELS)[0]
+        found = open_dataset(f"folder:{root}", labels=LABELS, ignored=-1)[0].mask
+        assert found is not None
+        assert found[:, 0].tolist() == [0] * 5 + [1] * 15
+        values[5:7] = 12
+        mask(root / "masks" / "cat" / "a.png", values)
+        found = open_dataset(f"folder:{root}", labels=LABELS)[0].mask
+        assert found is not None
+        assert found[:, 0].tolist() == [0] * 5 + [1] * 2 + [-1] * 13
 
     @pytest.mark.parametrize("kind", ["csv", "json"])
     def test_tables_of_boxes_and_classes(self, tmp_path: Path, kind: str) -> None:

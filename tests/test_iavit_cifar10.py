@@ -115,6 +115,20 @@ def test_archives_of_something_else(
         open_dataset(f"cifar10:{tmp_path}")
 
 
+def test_broken_archives(tmp_path: Path, rows: np.ndarray[Any, Any]) -> None:
+    archive = tmp_path / "a.npz"
+    np.savez_compressed(archive, x_test=rows.reshape(-1, 32, 32, 3), y_test=LABELS)
+    content = bytearray(archive.read_bytes())
+    content[1000:3000] = bytes(2000)
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as a part of CIFAR-10"):
+        open_dataset(f"cifar10:{tmp_path}")
+    with archive.open("wb") as file:
+        np.save(file, rows)  # one array, under the name of an archive
+    with pytest.raises(InputError, match="cannot be read as a part of CIFAR-10"):
+        open_dataset(f"cifar10:{tmp_path}")
+
+
 @pytest.mark.parametrize("name", ["test_batch", "test_batch.bin", "a.npz"])
 @pytest.mark.parametrize("content", [b"", b"no such thing", b"PK\x03\x04broken"])
 def test_broken_files(tmp_path: Path, name: str, content: bytes) -> None:

@@ -29,7 +29,7 @@ class ImageFolder(FileReader):
         ROOT/CLASS/…/PICTURE
 
     CLASS is a class of the model: its name (underscores for spaces), WordNet id or index. With ``classes="own"`` the
-    model's classes are the folders in sorted order, whatever their names.
+    model's classes are the folders in sorted order, whatever their names; those without pictures count, too.
     """
 
     classes: str = option(
@@ -43,11 +43,12 @@ class ImageFolder(FileReader):
         loose = [file for file, relative in pictures if len(relative.parts) < 2]
         if loose:
             raise InputError(f"{str(loose[0])!r} lies in no class folder; expected:\n\n{self.info.layout}")
-        folders = sorted({relative.parts[0] for _, relative in pictures})
         if self.classes == "own":
-            labels = {folder: index for index, folder in enumerate(folders)}
+            folders = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
             classes.check(len(folders) - 1, f"{len(folders)} class folders in {str(root)!r}")
+            labels = {folder: index for index, folder in enumerate(folders)}
         else:
+            folders = sorted({relative.parts[0] for _, relative in pictures})
             labels = {folder: folder_class(root / folder, classes) for folder in folders}
         entries = [FileEntry(relative.as_posix(), file, (labels[relative.parts[0]],)) for file, relative in pictures]
         return self.examples(root, entries)

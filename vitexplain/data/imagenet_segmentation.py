@@ -90,11 +90,7 @@ class ImageNetSegmentation(Reader):
     def read(self, root: Path, classes: ModelClasses) -> Examples:
         with _opened(root) as content:
             count = _count(root, content)
-            ids = (
-                [_text(content, content["value/target"][index, 0]) for index in range(count)]
-                if "value/target" in content
-                else []
-            )
+            ids = _ids(root, content, count) if "value/target" in content else []
         known = {each: _label(each, classes) for each in set(ids)}
         notes = [
             f"{sum(not known[each] for each in ids)} pictures without label: their ids are no classes of the model"
@@ -124,6 +120,16 @@ def _count(file: Path, content: Any) -> int:
             "references; is it gtsegs_ijcv.mat?"
         )
     return int(shapes[0][0])
+
+
+def _ids(file: Path, content: Any, count: int) -> list[str]:
+    try:
+        return [_text(content, content["value/target"][index, 0]) for index in range(count)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise InputError(
+            f"{str(file)!r}: found a /value/target that cannot be read ({type(error).__name__}: {error}), expected "
+            f"{count} references to WordNet ids as characters, or none"
+        ) from error
 
 
 def _text(content: Any, reference: Any) -> str:

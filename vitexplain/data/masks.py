@@ -18,6 +18,7 @@ from ..images import MAX_PIXELS
 Mask = npt.NDArray[np.int8]
 
 _EXACT_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # JPEG smears values over edges
+_GREY = 127  # objects are hardly so many; smooth edges of a white object are brighter
 _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -66,6 +67,13 @@ class MaskFile(MaskSource):
             raise InputError(
                 f"the mask {str(self.file)!r} holds nothing but 0 and {', '.join(map(str, sorted(self.ignored)))}, "
                 "which is left out; expected values above 0 on the object. If that value is the object, pass ignored=-1"
+            )
+        if self.objects is None and np.count_nonzero(ignored) > np.count_nonzero(shown) and values[shown].max() > _GREY:
+            raise InputError(
+                f"the mask {str(self.file)!r} holds more of {', '.join(map(str, sorted(self.ignored)))}, which is left "
+                f"out, than of other values above 0, up to {values[shown].max()}: grey levels, as of smooth edges, where "
+                "the numbers of objects are expected. If white is the object, pass ignored=-1; else number the objects "
+                f"from 1 to at most {_GREY}"
             )
         if self.background is not None:
             strange = values[~shown & ~ignored & ~np.isin(values, list(self.background))]

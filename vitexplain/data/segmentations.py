@@ -15,7 +15,7 @@ Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 """Polygons ``[[x, y, x, y, …], …]``, or run lengths ``{"size": [height, width], "counts": list or text}``."""
 
 _FEWEST = 6  # numbers of a polygon with an area
-_FARTHEST = 1e9  # pixels; what is farther, infinite or no number is a mistake
+_FARTHEST = 1e6  # pixels; what is farther is a mistake, and COCO's tools crash where they follow it
 
 
 def check_segmentation(record: Record, size: tuple[int, int]) -> Segmentation:
