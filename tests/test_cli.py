@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 
 import vitexplain
 from vitexplain import ExplanationWarning, list_methods, method_info
-from vitexplain.cli import app
+from vitexplain.cli import app, main
 
 LABELS = ["cat", "dog", "bird, fowl", "zebra", "crane", "crane", "fly"]
 ROOT = Path(vitexplain.__file__).parents[1]
@@ -49,6 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small.resize((200, 150)).save(folder / name)
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     return folder
+
+
+def test_signs_that_the_output_cannot_hold_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "latin-1", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["vitexplain", "methods", "contributions"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert b"surroundings=0.1   \\u03b2: weight" in content.getvalue()
 
 
 def run(*words: object, width: int = 100) -> Any:

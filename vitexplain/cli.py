@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -32,6 +33,8 @@ EXIT_INTERRUPTED = 130
 
 def main() -> None:
     """Entry point of the command ``vitexplain``."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # signs that its encoding lacks are to end no command
     app()
 
 
