@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import math
 import os
 import socket
 import time
@@ -403,6 +404,13 @@ def test_ctrl_c_says_that_the_app_has_stopped(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(time, "sleep", pressed)
     with pytest.raises(KeyboardInterrupt, match="the app has stopped"):
         app_command(browser=False)
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf, 0.0, -3.0])
+@pytest.mark.parametrize("name", ["megabytes", "megapixels"])
+def test_limits_that_are_none_are_refused(name: str, limit: float) -> None:
+    with pytest.raises(OptionError, match=rf"--{name} is .*, expected a number above 0"):
+        app_command(**{name: limit}, browser=False)
 
 
 @pytest.mark.parametrize("port", [None, 70_000])

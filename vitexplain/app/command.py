@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 import webbrowser
 from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from .limits import Limits
 from .serving import LOCAL, serve
 
@@ -28,7 +30,7 @@ def app_command(
 
     Nothing leaves this machine, except that a model of timm is fetched from the hub when it is chosen and not cached.
     """
-    limits = Limits(image_bytes=round(megabytes * 1e6), image_pixels=round(megapixels * 1e6))
+    limits = Limits(_millions("--megabytes", megabytes), _millions("--megapixels", megapixels))
     try:
         with serve(host=host, port=port, device=device, limits=limits) as address:
             typer.echo(f"Listening at {address} (Ctrl-C stops)")
@@ -38,3 +40,9 @@ def app_command(
                 time.sleep(3600)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the app has stopped, and its files are removed") from None
+
+
+def _millions(option: str, number: float) -> int:
+    if not 0 < number < math.inf:
+        raise OptionError(f"{option} is {number}, expected a number above 0")
+    return round(number * 1e6)
