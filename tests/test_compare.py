@@ -16,6 +16,7 @@ from torch import nn
 
 import vitexplain
 from vitexplain import (
+    ExportError,
     Comparison,
     ExplanationWarning,
     InputError,
@@ -461,6 +462,16 @@ class TestCommand:
         options = {"targets": "key, 4", "against": CLASS_NAMES[4], "output": tmp_path / "out.png"}
         with pytest.raises(OptionError, match=r"--targets '4' and --against .*, which are one class"):
             compare_command([str(tmp_path / "a.png")], "tokentm", **options)
+
+    def test_refuses_a_place_that_cannot_be_written_before_the_work(
+        self, tmp_path: Path, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pictures[0].save(tmp_path / "a.png")
+        (tmp_path / "out.png").mkdir()
+        monkeypatch.setattr("vitexplain.comparison.run.compare", lambda *_, **__: pytest.fail("it is compared"))
+        for output in ("out.png", "a.png/out.png"):
+            with pytest.raises(ExportError, match="found a folder there|cannot use the folder"):
+                compare_command([str(tmp_path / "a.png")], "tokentm", output=tmp_path / output)
 
     def test_leaves_out_what_cannot_be_read(
         self, tmp_path: Path, pictures: list[Any], capsys: pytest.CaptureFixture[str]

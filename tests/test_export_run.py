@@ -439,6 +439,16 @@ def test_results_of_other_runs_are_no_images(tmp_path: Path, explained: list[int
     assert explained == [3, 3, 3, 3]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow text only in names")
+def test_a_folder_whose_name_is_no_text(images: list[Path], tmp_path: Path, explained: list[int]) -> None:
+    output = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    for _ in range(2):
+        result = export(images[:2], output, view="overlay")
+    assert explained == [2]
+    assert result.scores(0, "tokentm").shape == (4, 6)
+    assert len(result.table()) == 4
+
+
 def test_images_in_the_output_folder_are_images(tmp_path: Path) -> None:
     pictures(tmp_path, 3)
     for _ in range(2):

@@ -79,6 +79,17 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_place(path: Path) -> None:
+    """Makes sure that a file can be written here, in a folder that is made, before hours are spent on its content.
+
+    Raises:
+        ExportError: the folder cannot be made or written to, or there is a folder of the file's name.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ExportError(f"cannot write {str(path)!r}: found a folder there, expected a file or nothing")
+
+
 def distinct_names(names: Sequence[str]) -> list[str]:
     """Names for files, one each, that stay apart on every file system (capitals and accents may not count there).
 
@@ -184,6 +195,19 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         _to_disk(file)
 
     write_whole(path, write)
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table that `write_parquet` wrote, its checksums checked; of these columns only, if any are named.
+
+    Raises:
+        OSError: there is no such file, or it is damaged.
+        pyarrow.ArrowException: it is no such table.
+    """
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:  # Arrow itself opens no path that is not UTF-8
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
 def _to_disk(file: BinaryIO) -> None:

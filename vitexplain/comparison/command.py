@@ -89,6 +89,7 @@ def compare_command(
     if len(names) > 1 and (checkpoint or labels):
         raise OptionError(f"found --checkpoint or --labels with {len(names)} models, expected one model")
     from ..cli_values import configure_methods, read_preprocessing
+    from ..files import check_place
     from ..images import find_images
     from ..models.loading import load_model
     from ..own_pictures import is_own_picture
@@ -96,6 +97,7 @@ def compare_command(
 
     chosen = configure_methods(_listed(methods), option or [])
     files = find_images(images, leave_out=lambda file: file.resolve() == output.resolve() or is_own_picture(file))
+    check_place(output)
     common: dict[str, Any] = {"preprocessing": read_preprocessing(preprocessing or []), "device": device}
     models = [load_model(name, checkpoint=checkpoint, labels=labels, **common) for name in names]
     classes: Any = None if targets is None else _listed(targets)

@@ -88,12 +88,14 @@ def export_command(
     Exit code 0: all done; 1: some images failed; 2: the command cannot be carried out; 130: interrupted.
     """
     from ..cli_values import configure_methods, read_preprocessing
+    from ..files import check_place
     from ..models.loading import load_model
     from .run import export_heatmaps
-    from .single_file import check_place
+    from .single_file import check_kind
     from .tables import TableColumns
 
     if also is not None:
+        check_kind(also)
         check_place(also)
     loaded = load_model(
         model,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..files import read_parquet
 from .entries import Entry
 from .rows import printable
 
@@ -39,10 +40,9 @@ def read_entries(path: str | os.PathLike[str]) -> list[Entry]:
         InputError: the table cannot be read.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        return [Entry(**row) for row in pq.read_table(Path(path)).to_pylist()]
+        return [Entry(**row) for row in read_parquet(Path(path)).to_pylist()]
     except (OSError, pa.ArrowException, TypeError) as error:
         raise InputError(
             f"cannot read {os.fspath(path)!r}: {type(error).__name__}: {error}; expected the images of an export"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ExportError
-from ..files import distinct_names, write_parquet, write_whole
+from ..files import distinct_names, read_parquet, write_parquet, write_whole
 from ..own_pictures import VIEWS
 from .pipeline import ShardTask
 from .rows import rows_table
@@ -175,11 +175,9 @@ class ExportFolder:
 
     def failures(self, shards: Iterable[int]) -> list[tuple[str, str]]:
         """Path and reason of each image in committed shards that could not be explained."""
-        import pyarrow.parquet as pq
-
         found: dict[int, tuple[str, str]] = {}
         for shard in shards:
-            table: pa.Table = pq.read_table(self.rows(shard), columns=["image", "path", "error"])
+            table = read_parquet(self.rows(shard), ["image", "path", "error"])
             for row in table.filter(table["error"].is_valid()).to_pylist():
                 found[row["image"]] = (row["path"], row["error"])
         return list(found.values())
@@ -201,9 +199,7 @@ class ExportFolder:
 
     def _table(self, task: ShardTask) -> pa.Table:
         """The committed rows of a shard."""
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.rows(task.index), page_checksum_verification=True)
+        return read_parquet(self.rows(task.index))
 
     def _pictures(self, table: pa.Table) -> str:
         """The digest of the pictures that rows name."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import InputError, UnknownNameError
+from ..files import read_parquet
 from ..patch_pixels import scaled_extent
 from ..preprocessing import Preprocessing
 from .entries import Entry, view
@@ -125,9 +126,8 @@ class HeatmapExport:
             columns: names of those that are wanted; all by default.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        parts = [pq.read_table(self._files.rows(shard), columns=columns) for shard in self._committed]
+        parts = [read_parquet(self._files.rows(shard), columns) for shard in self._committed]
         if not parts:
             raise InputError(f"nothing is committed in {str(self.folder)!r} yet: run the export again to go on")
         return pa.concat_tables(part.replace_schema_metadata(None) for part in parts)
@@ -248,10 +248,8 @@ class HeatmapExport:
 
     def _part(self, shard: int) -> pa.Table:
         """The rows of a shard; the last one asked for is kept."""
-        import pyarrow.parquet as pq
-
         if self._last is None or self._last[0] != shard:
             if not self._files.rows(shard).is_file():
                 raise InputError(f"shard {shard} is not computed yet: run the export again to go on")
-            self._last = shard, pq.read_table(self._files.rows(shard))
+            self._last = shard, read_parquet(self._files.rows(shard))
         return self._last[1]

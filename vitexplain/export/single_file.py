@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..errors import ExportError, InputError
-from ..files import make_folder, write_whole
+from ..errors import InputError
+from ..files import write_whole
 from .extra import require
 
 if TYPE_CHECKING:
@@ -54,20 +54,6 @@ def check_kind(path: Path) -> None:
         raise InputError(f"found suffix {path.suffix!r} in {str(path)!r}, expected .npz, .h5 or .hdf5")
     if suffix in _HDF5_SUFFIXES:
         require("h5py")
-
-
-def check_place(path: Path) -> None:
-    """Makes sure that a file can be written here, in a folder that is made, before hours are spent on its content.
-
-    Raises:
-        InputError: another suffix than `save_export` takes.
-        ExportError: the folder cannot be made or written to, or there is a folder of the file's name.
-        VitExplainError: the package for HDF5 is not installed.
-    """
-    check_kind(path)
-    make_folder(path.parent)
-    if path.is_dir():
-        raise ExportError(f"cannot write {str(path)!r}: found a folder there, expected a file or nothing")
 
 
 def _write_npz(export: HeatmapExport, file: BinaryIO) -> None:
