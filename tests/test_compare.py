@@ -16,9 +16,9 @@ from torch import nn
 
 import vitexplain
 from vitexplain import (
-    ExportError,
     Comparison,
     ExplanationWarning,
+    ExportError,
     InputError,
     OptionError,
     Subject,
@@ -470,7 +470,7 @@ class TestCommand:
         (tmp_path / "out.png").mkdir()
         monkeypatch.setattr("vitexplain.comparison.run.compare", lambda *_, **__: pytest.fail("it is compared"))
         for output in ("out.png", "a.png/out.png"):
-            with pytest.raises(ExportError, match="found a folder there|cannot use the folder"):
+            with pytest.raises(ExportError, match=r"found a folder there|cannot use the folder"):
                 compare_command([str(tmp_path / "a.png")], "tokentm", output=tmp_path / output)
 
     def test_leaves_out_what_cannot_be_read(

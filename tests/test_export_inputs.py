@@ -181,7 +181,7 @@ def test_a_table_or_shard_that_cannot_be_read(tmp_path: Path, name: str, content
 def test_a_column_of_classes_that_is_named_has_to_be_there(folder: Path) -> None:
     (folder / "t.csv").write_text("path,target\n000.png,fish\n")
     (folder / "t.txt").write_text("000.png\n")
-    with pytest.raises(InputError, match="no column 'klass', found 'path', 'target'; .*--target-column"):
+    with pytest.raises(InputError, match=r"no column 'klass', found 'path', 'target'; .*--target-column"):
         entries(folder / "t.csv", target="klass")
     assert [each.target for each in entries(folder / "t.txt", target="klass")] == [None]
 

@@ -145,8 +145,8 @@ class _Writer:
         for record in (output / f"{name}.json" for name in self.names):
             if record.exists() and not is_record(record):
                 raise ExportError(
-                    f"{str(record)!r} is there already and no record of an earlier run, and would be overwritten by one; "
-                    "choose another output folder"
+                    f"{str(record)!r} is there already and no record of an earlier run, and would be overwritten by "
+                    "one; choose another output folder"
                 )
 
     def write(self, position: int, file: Path, explanations: Sequence[Explanation]) -> None:

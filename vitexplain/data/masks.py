@@ -68,12 +68,13 @@ class MaskFile(MaskSource):
                 f"the mask {str(self.file)!r} holds nothing but 0 and {', '.join(map(str, sorted(self.ignored)))}, "
                 "which is left out; expected values above 0 on the object. If that value is the object, pass ignored=-1"
             )
-        if self.objects is None and np.count_nonzero(ignored) > np.count_nonzero(shown) and values[shown].max() > _GREY:
+        mostly_ignored = self.objects is None and np.count_nonzero(ignored) > np.count_nonzero(shown)
+        if mostly_ignored and values[shown].max() > _GREY:
             raise InputError(
                 f"the mask {str(self.file)!r} holds more of {', '.join(map(str, sorted(self.ignored)))}, which is left "
-                f"out, than of other values above 0, up to {values[shown].max()}: grey levels, as of smooth edges, where "
-                "the numbers of objects are expected. If white is the object, pass ignored=-1; else number the objects "
-                f"from 1 to at most {_GREY}"
+                f"out, than of other values above 0, up to {values[shown].max()}: grey levels, as of smooth edges, "
+                "where the numbers of objects are expected. If white is the object, pass ignored=-1; else number the "
+                f"objects from 1 to at most {_GREY}"
             )
         if self.background is not None:
             strange = values[~shown & ~ignored & ~np.isin(values, list(self.background))]

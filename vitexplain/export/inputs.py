@@ -78,9 +78,9 @@ def _of_one_kind(pattern: str, files: list[str]) -> list[str]:
     containers = [file for file in files if _is_container(file)]
     if containers and len(containers) < len(files):
         raise InputError(
-            f"the pattern {pattern!r} fits {len(files) - len(containers)} pictures, and {len(containers)} lists, tables "
-            f"or shards (such as {containers[0]!r}); expected one of them: add a suffix to the pattern, such as '*.jpg' "
-            "or '*.tar', or give the folder for the pictures in it"
+            f"the pattern {pattern!r} fits {len(files) - len(containers)} pictures, and {len(containers)} lists, "
+            f"tables or shards (such as {containers[0]!r}); expected one of them: add a suffix to the pattern, such as "
+            "'*.jpg' or '*.tar', or give the folder for the pictures in it"
         )
     return files
 
