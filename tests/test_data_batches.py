@@ -23,7 +23,7 @@ from vitexplain.data import (
     view_example,
 )
 from vitexplain.data.entries import FileEntry
-from vitexplain.data.selection import held_out, united_area
+from vitexplain.data.selection import held_out, one_a_picture, united_area
 from vitexplain.errors import InputError
 from vitexplain.preprocessing import Preprocessing
 
@@ -164,6 +164,11 @@ class TestParts:
         kept, others = held_out(examples, [3, 5, 2, 4, 0, 1], 2)
         assert [each.name for each in kept] == ["a.png#dog", "d#1.png", "a.png#cat"]
         assert [each.name for each in others] == ["c.png", "b.png#dog", "b.png#cat"]
+
+    def test_a_picture_with_several_objects_is_taken_once(self, tmp_path: Path) -> None:
+        files = {"a.png#cat": "a.png", "d#1.png": "d#1.png", "a.png#dog": "a.png", "d#2.png": "d#2.png"}
+        entries = Examples([FileEntry(name, tmp_path / file) for name, file in files.items()])
+        assert one_a_picture(entries).names == ("a.png#cat", "d#1.png", "d#2.png")
 
     def test_first_and_every_other(self, examples: Examples) -> None:
         assert first(examples, 2).names == ("0.png", "1.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,21 @@ def test_model_and_interpreter_are_trained_on_training_pictures(
     train("iavit", *output, "--data", pets)
     assert sum(map(len, seen["images"])) == 3
     train("iavit", *output, "--data", pets, "--data-option", "split=test")
+    assert sum(map(len, seen["images"])) == 2
+
+
+def test_an_interpreter_sees_a_picture_once_however_many_objects_it_shows(tmp_path: Path, seen: dict[str, Any]) -> None:
+    # or the pictures that its weights are chosen by would be trained on as well
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    records = []
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+        segments = [{"value": value, "category": f"kind {value}"} for value in (1, 2, 3)]
+        records.append({"file": f"{name}.png", "mask": f"{name}.png", "segments": segments})
+        Image.new("L", (8, 8), 1).save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "annotations.json").write_text(json.dumps(records))
+    train("iavit", "--output", tmp_path / "iavit.safetensors", "--data", f"annotated:{tmp_path}")
     assert sum(map(len, seen["images"])) == 2
 
 

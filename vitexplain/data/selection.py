@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..images import load_image
-from .entries import ExampleSequence
+from .entries import Examples, ExampleSequence, FileEntry
 from .example import Example
 
 
@@ -70,6 +70,15 @@ def apart_from(examples: Sequence[Example], others: Sequence[Example]) -> Sequen
     """The examples that show no picture of `others`, which come from the same data set; see `held_out`."""
     left_out = set(_pictures(others))
     return chosen(examples, [place for place, picture in enumerate(_pictures(examples)) if picture not in left_out])
+
+
+def one_a_picture(examples: ExampleSequence) -> ExampleSequence:
+    """The first example of each picture file, for what looks at pictures alone; others than of files stay all."""
+    entries = examples.entries if isinstance(examples, Examples) else ()
+    places: dict[object, int] = {}
+    for place, entry in enumerate(entries):
+        places.setdefault(entry.image if isinstance(entry, FileEntry) else place, place)
+    return examples.select(list(places.values())) if entries else examples
 
 
 def covering_less_than(examples: ExampleSequence, share: float) -> ExampleSequence:

@@ -144,7 +144,7 @@ def _images(data: str, options: Sequence[str], loaded: LoadedModel, settings: IA
     from ..data import dataset_info, open_dataset
     from ..data.batches import load_examples
     from ..data.scenes import SPLITS
-    from ..data.selection import shuffled
+    from ..data.selection import one_a_picture, shuffled
     from ..options import configure
     from .picture_batches import SCENES, SCENES_AT_MOST, PictureBatches
 
@@ -156,7 +156,7 @@ def _images(data: str, options: Sequence[str], loaded: LoadedModel, settings: IA
         return PictureBatches(seeds, loaded.preprocessing, objects=chosen["objects"], **reading)
     if ":" in data:
         told = training_options(data, options, count=settings.images)
-        examples = shuffled(open_dataset(data, labels=loaded.labels, **told), settings.seed)
+        examples = one_a_picture(shuffled(open_dataset(data, labels=loaded.labels, **told), settings.seed))
         batches = load_examples(examples, loaded.preprocessing, batch_size=settings.batch_size)
         return (batch.inputs for batch in batches)
     if options:
