@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from families import make_images, make_model
@@ -510,6 +511,21 @@ def test_a_model_comes_back_with_its_interpreter(tmp_path: Path) -> None:
     torch.testing.assert_close(again.scores, expected.scores)
 
 
+def test_a_model_of_timm_comes_back_at_the_size_it_was_trained_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=7, img_size=(64, 96)).eval()
+    path, images = tmp_path / "iavit.safetensors", torch.randn(1, 3, 64, 96)
+    prepare = Preprocessing((64, 96), (0.5,) * 3, (0.5,) * 3)
+    card = {"architecture": "test_vit", "preprocessing": prepare.to_dict()}
+    save_checkpoint(path, fresh_interpreter(InterpreterShape(64, 7), 0), adapt(model), with_model=True, record=card)
+    found = load_iavit(path)(images)
+    torch.testing.assert_close(found.logits, model(images))
+    assert found.grid == (4, 6)
+    save_model(path, tmp_path / "model.safetensors")
+    loaded = vitexplain.load_model("timm:test_vit", checkpoint=tmp_path / "model.safetensors")
+    assert loaded.preprocessing == prepare
+
+
 def test_models_that_do_not_come_back(tmp_path: Path) -> None:
     model, alone = make_model("cls"), random_interpreter(make_model("cls"))
     with pytest.raises(CheckpointError, match="holds an interpreter alone"):
@@ -520,6 +536,13 @@ def test_models_that_do_not_come_back(tmp_path: Path) -> None:
         load_iavit(path)
     with pytest.raises(CheckpointError, match="not of this architecture"):
         load_iavit(path, make_model("registers"))
+    strange = tmp_path / "strange.safetensors"
+    record = {"architecture": "scenes-pm"}
+    save_checkpoint(
+        strange, fresh_interpreter(InterpreterShape(24, 7), 0), adapt(model), with_model=True, record=record
+    )
+    with pytest.raises(CheckpointError, match=r"'scenes-pm', which this version of timm does not have"):
+        load_iavit(strange)
     assert load_iavit(path, make_model("cls"))(make_images("cls")).scores.shape == (2, 4, 6)
 
 

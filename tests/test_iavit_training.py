@@ -546,3 +546,35 @@ def test_the_command_reads_folders_and_data_sets_without_labels(tmp_path: Path, 
         result = invoke("--output", output, "--data", data, "--set", "steps=1", "--set", "batch_size=2")
         assert result.exit_code == 0, result.output
         assert json.loads(output.with_suffix(".json").read_text())["images"] == 4 - 1
+
+
+def test_a_new_model_is_what_the_seed_says_so_that_its_training_goes_on(tmp_path: Path, invoke: Any) -> None:
+    for index, example in enumerate(stripes_examples(range(6))):
+        folder = tmp_path / "train" / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        assert not isinstance(example.image, Path)
+        example.image.save(folder / f"{index}.png")
+    shape = ("img_size=32", "patch_size=8", "embed_dim=12", "num_classes=2", "depth=1")
+    arguments = [
+        *("--joint", "--data", f"imagefolder:{tmp_path / 'train'}", "--data-option", "classes=own"),
+        *(part for each in shape for part in ("--architecture", each)),
+        *("--set", "steps=1", "--set", "batch_size=2", "--output"),
+    ]
+    initial = []
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        output, before = tmp_path / f"{name}.safetensors", torch.random.get_rng_state()
+        result = invoke(*arguments, output, "--set", f"seed={seed}")
+        assert result.exit_code == 0, result.output
+        assert torch.equal(torch.random.get_rng_state(), before)
+        initial.append(json.loads(output.with_suffix(".json").read_text())["initial"])
+    assert initial[0] == initial[1] != initial[2]
+
+
+def test_the_sibling_of_the_embedded_model_comes_back(tmp_path: Path, invoke: Any) -> None:
+    output = tmp_path / "iavit.safetensors"
+    result = invoke(
+        *("--joint", "--model", "scenes-pm", "--data-option", "count=4", "--output", output),
+        *("--set", "steps=1", "--set", "batch_size=2"),
+    )
+    assert result.exit_code == 0, result.output
+    assert load_iavit(output)(torch.zeros(1, 3, 96, 96)).grid == (12, 12)

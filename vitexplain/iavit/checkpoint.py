@@ -23,6 +23,7 @@ from ..models.companion import (
     write_companion,
     write_weights,
 )
+from ..models.saved_form import saved_form
 from ..models.weights import load_strictly, read_state
 from ..preprocessing import Preprocessing
 from ..registry import create_method
@@ -114,10 +115,11 @@ def load_iavit(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
             f"{str(path)!r} holds an interpreter alone, expected one with its model: load the model that it was "
             f"trained on and use get_explainer('iavit', model, checkpoint={str(path)!r})"
         )
-    model = _built(card, path) if model is None else model
-    load_strictly(model, weights, str(path))
     known = card.get("preprocessing")
-    subject = Subject(adapt(model.eval()), None if known is None else Preprocessing(**known), card.get("classes"))
+    preprocessing = None if known is None else Preprocessing(**known)
+    model = _built(card, path, weights, preprocessing) if model is None else model
+    load_strictly(model, weights, str(path))
+    subject = Subject(adapt(model.eval()), preprocessing, card.get("classes"))
     return Explainer(create_method(_METHOD, checkpoint=str(path)), subject)
 
 
@@ -160,13 +162,23 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _built(card: Mapping[str, Any], path: Path) -> nn.Module:
-    """The architecture that the card names, with fresh weights."""
+def _built(
+    card: Mapping[str, Any], path: Path, weights: Mapping[str, Tensor], preprocessing: Preprocessing | None
+) -> nn.Module:
+    """The architecture that the card names, for the image size that the weights are for, with fresh weights."""
     architecture = card.get("architecture")
     if isinstance(architecture, str):
         import timm
 
-        model: nn.Module = timm.create_model(architecture, num_classes=card["model"]["num_classes"])
+        if not timm.is_model(architecture):
+            raise CheckpointError(
+                f"{path.with_suffix('.json')} names the architecture {architecture!r}, which this version of timm does "
+                "not have: pass load_iavit(path, model=…) a module of the trained architecture"
+            )
+        with torch.device("meta"):
+            plain = timm.create_model(architecture)
+        form = saved_form(weights, plain, None if preprocessing is None else preprocessing.size, None)
+        model: nn.Module = timm.create_model(architecture, **{"num_classes": card["model"]["num_classes"], **form})
         return model
     if isinstance(architecture, Mapping):
         from ..models.embedded import build_model

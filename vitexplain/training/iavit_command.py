@@ -85,7 +85,7 @@ def train_iavit_command(
     shipped = model == "scenes" and checkpoint is None and not joint and not released
     changes = {**(SCENES_SETTINGS if shipped else {}), **read_values("--set", setting or (), fields)}
     settings = IAViTSettings.released(**changes) if released else IAViTSettings(**changes)
-    loaded, described = _model(model, checkpoint, architecture, device)
+    loaded, described = _model(model, checkpoint, architecture, device, settings.seed)
     more: dict[str, Any] = {"resume": resume, "logs": logs, "progress": True}
     if joint:
         examples = open_training_data(data, data_option or (), loaded, count=settings.images)
@@ -106,15 +106,15 @@ def train_iavit_command(
 
 
 def _model(
-    name: str, checkpoint: Path | None, architecture: Sequence[str] | None, device: str
+    name: str, checkpoint: Path | None, architecture: Sequence[str] | None, device: str, seed: int
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model to begin with, and what a checkpoint says of it, so that it can be built again."""
-    from ..models.loading import load_model
+    from ..models.loading import EMBEDDED, EMBEDDED_FOR_PM, load_model
 
     if architecture:
-        return _new_model({**NEW_MODEL, **read_values("--architecture", architecture, NEW_MODEL)}, device)
+        return _new_model({**NEW_MODEL, **read_values("--architecture", architecture, NEW_MODEL)}, device, seed)
     loaded = load_model(name, checkpoint=checkpoint, device=device)
-    if name != "scenes":
+    if name not in (EMBEDDED, EMBEDDED_FOR_PM):  # which are of one architecture
         return loaded, {"architecture": name.removeprefix("timm:")}
     from ..models.embedded import read_checkpoint_card, scenes_card
 
@@ -122,17 +122,22 @@ def _model(
     return loaded, {"architecture": card["architecture"]}
 
 
-def _new_model(arguments: dict[str, Any], device: str) -> tuple[LoadedModel, dict[str, Any]]:
-    """A Vision Transformer with random weights, and its arguments."""
+def _new_model(arguments: dict[str, Any], device: str, seed: int) -> tuple[LoadedModel, dict[str, Any]]:
+    """A Vision Transformer with the random weights that a seed decides, and its arguments."""
+    import torch
+
     from ..explainer import Subject
     from ..models import adapt
     from ..models.embedded import build_model
     from ..models.loading import LoadedModel
     from ..preprocessing import Preprocessing
+    from ..randomness import seeded
 
     if arguments["embed_layer"] == "linear":
         del arguments["embed_layer"]
-    model = build_model(arguments).to(device)
+    with seeded(seed, torch.device("cpu")):  # the same each time, or no training could be resumed
+        model = build_model(arguments)
+    model = model.to(device)
     side = arguments["img_size"]
     middle = (0.5, 0.5, 0.5)
     subject = Subject(adapt(model), Preprocessing((side, side), middle, middle, crop_fraction=1.0))
