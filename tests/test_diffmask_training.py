@@ -580,6 +580,16 @@ def test_wrong_input_is_refused_before_any_work(tmp_path: Path, model: nn.Module
         DiffMaskSettings(multiplier_limits=(3.0, 1.0))
 
 
+@pytest.mark.parametrize("constraint", ["distribution", "class"])
+def test_a_model_of_one_output_has_no_distribution_to_keep(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor], constraint: Any
+) -> None:
+    model.reset_classifier(1)  # type: ignore[operator]
+    settings = dataclasses.replace(TINY, constraint=constraint)
+    with pytest.raises(UnsupportedModelError, match="with 1 output, expected two classes"):
+        train_diffmask(model, batches, tmp_path / "gates.safetensors", settings)
+
+
 def test_lookahead_follows_every_few_steps() -> None:
     moved, still = torch.zeros(2, requires_grad=True), torch.ones(1, requires_grad=True)
     lookahead = Lookahead([moved, still], interval=3, share=0.5)

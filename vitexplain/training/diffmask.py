@@ -80,7 +80,7 @@ def train_diffmask(
         OptionError: no such precision, or fewer than one device.
         InputError: `output` is no place for a checkpoint, or the images are not batches of images.
         CheckpointError: what is to be resumed is broken, or of another model or settings.
-        UnsupportedModelError: the model has no states for gates to read.
+        UnsupportedModelError: the model has no states for gates to read, or a single output.
         VitExplainError: Lightning is not installed.
         KeyboardInterrupt: training was interrupted; `resume` goes on from the last evaluation, if there was one.
     """

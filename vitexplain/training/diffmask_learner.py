@@ -21,6 +21,7 @@ from ..diffmask.gates import Gates, GateShape, sampled_mask
 from ..diffmask.hard_concrete import log_survival
 from ..diffmask.masking import MaskedModel, PatchStates, amortised_log_kept, class_features, class_token, hard_mask
 from .diffmask_settings import DiffMaskSettings
+from .trained_model import check_classes
 
 _AGREEMENT_AT_START = 0.9
 _FEWEST_HALVINGS = 3
@@ -53,6 +54,9 @@ class DiffMaskLearner(nn.Module):
         images: (B, channels, H, W) by which the gates' offset is chosen.
         settings: the recipe.
 
+    Raises:
+        UnsupportedModelError: the model has one output.
+
     Attributes:
         gates: what is trained.
         num_classes: C, the model's outputs.
@@ -70,6 +74,7 @@ class DiffMaskLearner(nn.Module):
         self.masked, self.settings, self._images = masked, settings, images
         found = masked.read(images)
         width, self.num_classes = found.states[0].shape[2], found.logits.shape[1]
+        check_classes(masked.adapter.model, self.num_classes)
         self._features = class_features(masked.adapter, self.num_classes) if settings.class_specific else None
         self._token = class_token(masked.adapter) if settings.count_class_token else None
         self.shape = GateShape(

@@ -38,7 +38,7 @@ from .iavit_batches import (
 from .iavit_learners import InterpreterLearner, JointLearner, LabelledImages
 from .iavit_settings import IAViTSettings
 from .lightning_run import check_output, interruption, trainer, undisturbed
-from .trained_model import check_precision
+from .trained_model import check_classes, check_precision
 
 if TYPE_CHECKING:
     from .iavit_module import IAViTModule
@@ -83,7 +83,8 @@ def train_interpreter(
     Raises:
         InputError: `output` is no place for a checkpoint, or the images are not batches of images of one size.
         CheckpointError: what is to be resumed is broken, or of another training.
-        UnsupportedModelError: the model has no patch tokens, or no attention that the regulariser can look at.
+        UnsupportedModelError: the model has no patch tokens, no attention that the regulariser can look at, or a single
+            output.
         VitExplainError: Lightning is not installed, or training was interrupted.
     """
     settings = settings if settings is not None else IAViTSettings()
@@ -99,6 +100,7 @@ def train_interpreter(
     else:
         held = read_images(adapter, validation, None, attention=settings.reads_attention)
     count, patches, width = readings.tokens.shape
+    check_classes(adapter.model, readings.logits.shape[1])
     learner = InterpreterLearner(_interpreter(width, patches, readings.logits.shape[1], settings), settings)
     parts = [
         rows_of(held, slice(start, start + settings.batch_size))
@@ -151,7 +153,8 @@ def train_iavit(
         InputError: `output` is no place for a checkpoint, or an example cannot be read or has no class of the model; of
             `validation`, before training begins.
         CheckpointError: what is to be resumed is broken, or of another training.
-        UnsupportedModelError: the model has no patch tokens, no attention that can be trained with, or is not float32.
+        UnsupportedModelError: the model has no patch tokens, no attention that can be trained with, or a single output,
+            or is not float32.
         VitExplainError: Lightning is not installed, or training was interrupted.
     """
     settings = settings if settings is not None else IAViTSettings()
@@ -165,6 +168,7 @@ def train_iavit(
     examples, held = _with_validation(examples, validation, settings)
     reading = read_frozen(adapter, preprocessing([examples[0].image]), attention=settings.reads_attention)
     (_, patches, width), num_classes = reading.tokens.shape, reading.logits.shape[1]
+    check_classes(adapter.model, num_classes)
     kept = _Repeated(held, preprocessing, num_classes, settings.batch_size)
     for _ in kept:  # one that cannot be used is to be known before there is work to lose
         pass

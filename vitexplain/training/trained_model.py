@@ -1,4 +1,4 @@
-"""What recipes that move a model's own weights ask of it: its precision, and which weights decay."""
+"""What recipes ask of a model: several classes; of one whose own weights move, its precision and which of them decay."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ _POSITIONS_AND_TOKENS = frozenset(
     }
 )
 """As timm, torchvision, transformers and open_clip call them; not all of their models list them themselves."""
+
+
+def check_classes(model: nn.Module, num_classes: int) -> None:
+    """Refuses a model of one output, whose softmax is 1 whatever it is shown: any mask keeps it, anything imitates it.
+
+    Raises:
+        UnsupportedModelError: there are fewer than two classes.
+    """
+    if num_classes < 2:
+        raise UnsupportedModelError(
+            f"found a {type(model).__name__} with {num_classes} output, expected two classes or more, whose "
+            "probabilities can change: wrap the model so that it gives its logit with a 0 beside it, (B, 2), which "
+            "says the same"
+        )
 
 
 def check_precision(model: nn.Module) -> None:
