@@ -343,6 +343,33 @@ def test_a_model_whose_attention_cannot_be_trained_with(tmp_path: Path) -> None:
     assert train_interpreter(model, [pictures], tmp_path / "i.safetensors", TINY)["images"] == 3
 
 
+def test_a_regulariser_that_would_not_move_the_model_is_refused(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, model = tmp_path / "i.safetensors", vit()
+    model.set_grad_checkpointing(True)
+    assert train_iavit(model, examples, PREPROCESSING, output, replace(TINY, steps=1))["result"]
+    monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: True)
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+        train_iavit(model, examples, PREPROCESSING, output, replace(TINY, steps=1))
+    assert train_iavit(model, examples, PREPROCESSING, output, replace(TINY, steps=1, reg="none"))["result"]
+
+
+def test_dropped_patches_are_named(tmp_path: Path, examples: list[Example]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"drops patches.*patch_drop_rate"):
+        train_iavit(vit(patch_drop_rate=0.5), examples, PREPROCESSING, tmp_path / "i.safetensors", TINY)
+
+
+def test_a_model_of_one_output_has_nothing_to_imitate(tmp_path: Path, examples: list[Example]) -> None:
+    model, output = vit(), tmp_path / "i.safetensors"
+    model.reset_classifier(1)
+    with pytest.raises(UnsupportedModelError, match="with 1 output, expected two classes"):
+        train_interpreter(model, batches(), output, TINY)
+    alike = [replace(each, labels=(0,)) for each in examples]
+    with pytest.raises(UnsupportedModelError, match="with 1 output, expected two classes"):
+        train_iavit(model, alike, PREPROCESSING, output, TINY)
+
+
 # -- going on ----------------------------------------------------------------------------------------------------
 
 

@@ -416,6 +416,11 @@ def test_a_model_without_such_a_head_is_refused(tmp_path: Path, examples: list[E
     assert not list(tmp_path.iterdir())
 
 
+def test_dropped_patches_are_named(tmp_path: Path, examples: list[Example]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"drops patches.*patch_drop_rate"):
+        train(vit(patch_drop_rate=0.5), examples, tmp_path / "pm.safetensors")
+
+
 def test_the_command_trains_the_embedded_model(tmp_path: Path) -> None:
     import typer
     from typer.testing import CliRunner

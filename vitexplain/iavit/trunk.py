@@ -95,7 +95,7 @@ def read_on_graph(adapter: ModelAdapter, images: Tensor, *, attention: bool = Tr
 
     Raises:
         UnsupportedModelError: as for `read_frozen`; or attention that is not one call of
-            `scaled_dot_product_attention` a block.
+            `scaled_dot_product_attention` a block, on the graph; or patches are dropped.
     """
     last, kept = adapter.blocks[-1], list[Tensor]()
 
@@ -111,6 +111,8 @@ def read_on_graph(adapter: ModelAdapter, images: Tensor, *, attention: bool = Tr
         calls = stack.enter_context(_attention_on_graph(adapter)) if attention else []
         logits = adapter.logits(images)
     layout = layouts[-1]
+    if adapter.model.training and len(kept) == 1 and kept[0].shape[1] < layout.count:
+        raise UnsupportedModelError(dropped_patches(adapter.model, kept[0].shape[1], layout.count))
     if len(kept) != 1 or kept[0].shape[1] != layout.count:
         raise UnsupportedModelError(
             f"the last block of this {type(adapter.model).__name__} puts out no tokens of {layout.count} patches and "
@@ -120,9 +122,21 @@ def read_on_graph(adapter: ModelAdapter, images: Tensor, *, attention: bool = Tr
     received = tokens.new_zeros(tokens.shape[:2])
     if attention:
         row = _patch_queries(tokens, layout)
-        parts = [propagate(row, operands, _mean_of_heads) for operands in _one_a_block(adapter, calls)]
+        parts = [
+            propagate(row, operands, _mean_of_heads)
+            for operands in _one_a_block(adapter, calls, on_graph=tokens.requires_grad)
+        ]
         received = torch.stack(parts).sum(0)[:, layout.prefix :]
     return TrunkReading(tokens, logits, received)
+
+
+def dropped_patches(model: nn.Module, found: int, expected: int) -> str:
+    """What to tell the user of a model that leaves patches out while it is trained, so that none has a place."""
+    return (
+        f"found {found} of {expected} tokens behind the last block of this {type(model).__name__} while it trains: it "
+        "drops patches, and those left no longer say where they are. Turn that off (of timm's models: patch_drop_rate "
+        "is 0 when they are built, or model.patch_drop = torch.nn.Identity())"
+    )
 
 
 def _mean_of_heads(tile: RowTile) -> Tensor:
@@ -144,13 +158,21 @@ def _check_layouts(adapter: ModelAdapter, layouts: Sequence[TokenLayout]) -> Non
         )
 
 
-def _one_a_block(adapter: ModelAdapter, calls: Sequence[Sequence[AttentionOperands]]) -> Iterator[AttentionOperands]:
+def _one_a_block(
+    adapter: ModelAdapter, calls: Sequence[Sequence[AttentionOperands]], *, on_graph: bool
+) -> Iterator[AttentionOperands]:
     for index, found in enumerate(calls):
         if len(found) != 1:
             raise UnsupportedModelError(
                 f"block {index} of this {type(adapter.model).__name__} called scaled_dot_product_attention "
                 f"{len(found)} times, expected once: its attention cannot be trained with. Train the interpreter "
                 "alone, on the model as it is, or with reg='none'"
+            )
+        if on_graph and not found[0].q.requires_grad:  # the regulariser would not move it
+            raise UnsupportedModelError(
+                f"block {index} of this {type(adapter.model).__name__} computes its attention without a graph, as "
+                "gradient checkpointing of the reentrant kind does: turn it off, or choose use_reentrant=False. Or "
+                "train with reg='none'"
             )
         yield found[0]
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import VitExplainError
+from ..errors import UnsupportedModelError, VitExplainError
+from ..iavit.trunk import dropped_patches
 from ..layout import to_tokens
 from ..models.adapter import ModelAdapter
 from ..models.token_head import TokenHead
@@ -126,6 +127,8 @@ class PatchMaskModule(lightning.LightningModule):
     def _mask_loss(self, tokens: Tensor, batch: PatchMaskBatch) -> Tensor:
         size = (batch.images.shape[-2], batch.images.shape[-1])
         layout = self.adapter.layouts(self.adapter.grid(size))[-1]
+        if tokens.shape[1] != layout.count:
+            raise UnsupportedModelError(dropped_patches(self.model, tokens.shape[1], layout.count))
         scores = self.token_head.token_logits(tokens[:, layout.prefix :]).float()
         cover, counts = patch_cover(batch.masks, layout.grid, self.adapter.extent(size, layout.grid))
         return mask_loss(self.settings.loss, scores, batch.classes[-len(batch.masks) :], cover, counts).mean()

@@ -83,7 +83,8 @@ def train_patch_masks(
     Raises:
         InputError: `output` is no place for a checkpoint, or an example lacks what it is used for.
         CheckpointError: what is to be resumed is broken, or of another training.
-        UnsupportedModelError: the model has no linear head that reads tokens, or is not float32.
+        UnsupportedModelError: the model has no linear head that reads tokens, drops patches in training, or is not
+            float32.
         VitExplainError: Lightning is not installed, or training was interrupted or gave no number as its loss.
     """
     settings = settings if settings is not None else PatchMaskSettings()

@@ -1,4 +1,4 @@
-"""What recipes ask of a model: several classes; of one whose own weights move, its precision and which of them decay."""
+"""What recipes ask of a model: several classes; and where its own weights move, its precision and which decay."""
 
 from __future__ import annotations
 
