@@ -414,6 +414,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, model: nn.Module, bat
         train_diffmask(model, batches, output, dataclasses.replace(TINY, margin=0.3), resume=True)
     with pytest.raises(CheckpointError, match="model differ"):
         train_diffmask(make_model("dynamic"), [make_images("dynamic")], output, TINY, resume=True)
+    with pytest.raises(CheckpointError, match="validation differ"):
+        train_diffmask(model, batches, output, TINY, validation=batches[1:], resume=True)
+    shuffled = [each.flip(0) for each in batches[1::-1]]
+    assert train_diffmask(model, batches, output, TINY, validation=shuffled, resume=True)["history"][-1]["step"] == 6
+    with pytest.raises(KeyboardInterrupt):
+        train_diffmask(model, Interrupted(batches, 5), output, TINY)
     state = tmp_path / "gates.safetensors.training"
     state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be read as the state of a training"):
@@ -703,6 +709,45 @@ def test_picture_batches_are_shuffled_and_start_anywhere(tmp_path: Path) -> None
     assert [len(each) for each in batches] == [3, 3, 1]
     with pytest.raises(InputError, match="found 0 pictures"):
         PictureBatches([], preprocessing)
+
+
+def test_picture_batches_know_themselves_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module
+) -> None:
+    from PIL import Image
+
+    for index in range(4):
+        Image.new("RGB", (48, 32), (60 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    seen = Preprocessing((32, 48), (0.5,) * 3, (0.5,) * 3, crop_fraction=1.0)
+    batches = PictureBatches.of(str(tmp_path), seen, batch_size=2)
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        assert PictureBatches.of(".", seen, batch_size=2, workers=1).digest() == batches.digest()
+    others = [
+        PictureBatches(batches.pictures[1:], seen, batch_size=2),
+        PictureBatches(batches.pictures, seen, batch_size=3),
+        PictureBatches(batches.pictures, seen, batch_size=2, seed=1),
+        PictureBatches(batches.pictures, seen.replace(mean=(0.4,) * 3), batch_size=2),
+        PictureBatches(range(4), seen, batch_size=2),
+        PictureBatches(range(4), seen, batch_size=2, objects=2),
+    ]
+    assert len({each.digest() for each in (batches, *others)}) == 7
+    output, passing = tmp_path / "gates.safetensors", PictureBatches.endless
+
+    def failing(self: PictureBatches, start: int = 0) -> Iterator[Tensor]:
+        for index, batch in enumerate(passing(self, start)):
+            if index == 3:
+                raise RuntimeError("the disk is gone")
+            yield batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PictureBatches, "endless", failing)
+        with pytest.raises(RuntimeError):
+            train_diffmask(model, batches, output, TINY)
+    for other in others[:3]:
+        with pytest.raises(CheckpointError, match="images differ"):
+            train_diffmask(model, other, output, TINY, resume=True)
+    assert [each["step"] for each in train_diffmask(model, batches, output, TINY, resume=True)["history"]] == [2, 4, 6]
 
 
 def test_training_on_scenes_from_the_command_line_s_pieces(tmp_path: Path) -> None:

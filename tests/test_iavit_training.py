@@ -394,6 +394,9 @@ def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, exampl
     with pytest.raises(RuntimeError, match="disk"):  # one to look at the model, four a step: five steps
         train_iavit(model, Breaking(examples, 22), PREPROCESSING, output, TINY, validation=held)
     assert [each.name for each in tmp_path.glob("broken*")] == ["broken.safetensors.training"]
+    otherwise = PREPROCESSING.replace(mean=(0.4, 0.5, 0.5))
+    with pytest.raises(CheckpointError, match="preprocessing differ"):
+        train_iavit(model, examples, otherwise, output, TINY, validation=held, resume=True)
     resumed = train_iavit(model, Breaking(examples, 9), PREPROCESSING, output, TINY, validation=held, resume=True)
     assert resumed["history"] == unbroken["history"]
     expected = load_file(tmp_path / "unbroken.safetensors")
@@ -465,6 +468,8 @@ def test_a_resumed_interpreter_ends_where_an_unbroken_one_does(tmp_path: Path, m
             train_interpreter(vit(), batches(), output, TINY)
     with pytest.raises(CheckpointError, match="data differ"):
         train_interpreter(vit(), batches(4), output, TINY, resume=True)
+    with pytest.raises(CheckpointError, match="data differ"):
+        train_interpreter(vit(), batches(), output, TINY, validation=batches(1), resume=True)
     assert train_interpreter(vit(), batches(), output, TINY, resume=True)["history"] == unbroken["history"]
     expected = load_file(tmp_path / "unbroken.safetensors")
     for name, each in load_file(output).items():

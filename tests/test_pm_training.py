@@ -225,6 +225,9 @@ def test_another_training_is_not_resumed(tmp_path: Path, examples: list[Example]
         train(vit(), examples[:20], output, resume=True)
     with pytest.raises(CheckpointError, match="model"):
         train(vit(qkv_bias=False), examples, output, resume=True)
+    otherwise = PREPROCESSING.replace(mean=(0.4, 0.5, 0.5))
+    with pytest.raises(CheckpointError, match="preprocessing differ"):
+        train_patch_masks(vit(), examples, examples[:5], otherwise, output, TINY, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from ..data.entries import ExampleSequence
 from ..data.example import Example
@@ -27,3 +29,12 @@ def examples_digest(*parts: Sequence[Example]) -> str:
                     digest.update(f"{array.dtype} {array.shape}".encode())
                     digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def images_digest(batches: Iterable[Tensor]) -> str:
+    """SHA-256 of the images of some batches (B, channels, H, W), in whatever order they come."""
+    images = (image.detach().cpu().float().contiguous() for batch in batches for image in batch)
+    each = sorted(
+        hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest() for image in images
+    )
+    return hashlib.sha256(b"".join(each)).hexdigest()

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..diffmask.checkpoint import save_checkpoint
 from ..diffmask.masking import MaskedModel
@@ -22,9 +22,11 @@ from ..errors import ExplanationWarning, InputError, OptionError
 from ..models import adapt
 from ..models.adapter import ModelAdapter
 from ..models.fingerprint import weights_digest
+from .data_digest import images_digest
 from .diffmask_learner import DiffMaskLearner
 from .diffmask_settings import DiffMaskSettings
 from .lightning_run import check_output, interruption, undisturbed
+from .picture_batches import PictureBatches
 
 if TYPE_CHECKING:
     from .diffmask_module import DiffMaskModule
@@ -64,7 +66,7 @@ def train_diffmask(
         settings: the recipe.
         validation: batches by which the best gates are chosen, all of them, held in memory; by default the first
             `DiffMaskSettings.validation_batches` of `images`, which are trained on like the others.
-        resume: go on from an interrupted training with the same output, model and settings, if there is one.
+        resume: go on from an interrupted training with the same output, model, images and settings, if there is one.
         logs: folder for figures of the course as CSV, and for TensorBoard where that is installed.
         precision: of the model's passes, one of `PRECISIONS`. Gates, noise, divergence and multipliers are in float32
             at least.
@@ -79,7 +81,8 @@ def train_diffmask(
     Raises:
         OptionError: no such precision, or fewer than one device.
         InputError: `output` is no place for a checkpoint, or the images are not batches of images.
-        CheckpointError: what is to be resumed is broken, or of another model or settings.
+        CheckpointError: what is to be resumed is broken, or of another model, other settings, other pictures (as far as
+            `images` is a `PictureBatches`) or other images to choose by.
         UnsupportedModelError: the model has no states for gates to read, or a single output.
         VitExplainError: Lightning is not installed.
         KeyboardInterrupt: training was interrupted; `resume` goes on from the last evaluation, if there was one.
@@ -100,7 +103,8 @@ def train_diffmask(
     if not chosen:
         raise InputError("found no batches of images, expected at least one")
     learner = DiffMaskLearner(masked, chosen[0], settings)
-    module = DiffMaskModule(learner, chosen, _state_file(output), _identity(masked, settings))
+    data = _data_identity(images, None if validation is None else chosen)
+    module = DiffMaskModule(learner, chosen, _state_file(output), {**data, **_identity(masked, settings)})
     if resume and module.state.is_file():
         module.resume()
     place = next(masked.adapter.model.parameters()).device
@@ -161,6 +165,14 @@ def _doubt(result: dict[str, Any], met: bool, collapsed: bool, margin: float) ->
 def _identity(masked: MaskedModel, settings: DiffMaskSettings) -> dict[str, Any]:
     recipe = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _MAY_CHANGE}
     return {"model": weights_digest(masked.adapter.model), **recipe}
+
+
+def _data_identity(images: Iterable[Any], validation: Sequence[Tensor] | None) -> dict[str, Any]:
+    """What is known of the data: nothing of loaders that are not ours, which may come in another order each time."""
+    return {
+        "images": images.digest() if isinstance(images, PictureBatches) else None,
+        "validation": None if validation is None else images_digest(validation),
+    }
 
 
 def _state_file(output: Path) -> Path:

@@ -50,7 +50,7 @@ class DiffMaskModule(lightning.LightningModule):
         learner: what is trained.
         validation: batches to evaluate on, the same on every device.
         state: file that training can go on from; written at each evaluation.
-        identity: what the file is good for: model and settings.
+        identity: what the file is good for: data, model and settings.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DiffMaskModule(lightning.LightningModule):
         """Goes on from the file, once training starts.
 
         Raises:
-            CheckpointError: the file is broken, or of another model or other settings.
+            CheckpointError: the file is broken, or of another model, other settings or other data.
         """
         self.resumed = read_training_state(self.state, self.identity)
 

@@ -106,7 +106,7 @@ def train_interpreter(
         rows_of(held, slice(start, start + settings.batch_size))
         for start in range(0, len(held.tokens), settings.batch_size)
     ]
-    identity = {"model": weights_digest(adapter.model), "data": _digest_of(readings), **settings.must_match()}
+    identity = {"model": weights_digest(adapter.model), "data": _digest_of(readings, held), **settings.must_match()}
     module = IAViTModule(learner, parts, _state_file(path), identity)
     place = next(adapter.model.parameters()).device
     _fit(module, ReadingBatches(readings, settings), place, resume=resume, logs=logs, progress=progress)
@@ -180,7 +180,12 @@ def train_iavit(
         learner,
         kept,
         _state_file(path),
-        {"model": initial, "data": examples_digest(examples, held), **settings.must_match()},
+        {
+            "model": initial,
+            "data": examples_digest(examples, held),
+            "preprocessing": preprocessing.to_dict(),
+            **settings.must_match(),
+        },
     )
     place = next(adapter.model.parameters()).device
     batches = PictureBatches(examples, preprocessing, settings, num_classes)
@@ -286,9 +291,9 @@ def _split(count: int, settings: IAViTSettings) -> tuple[list[int], list[int]]:
     return order[:held], order[held:]
 
 
-def _digest_of(readings: TrunkReading) -> str:
+def _digest_of(*readings: TrunkReading) -> str:
     """SHA-256 of what was read, by which a training knows its data again."""
-    return hashlib.sha256(readings.logits.double().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(b"".join(each.logits.double().numpy().tobytes() for each in readings)).hexdigest()
 
 
 def _state_file(output: Path) -> Path:

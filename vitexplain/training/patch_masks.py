@@ -97,7 +97,12 @@ def train_patch_masks(
     head, num_classes = _examined(learner, preprocessing.size)
     batches = PatchMaskBatches(labelled, annotated, preprocessing, settings, num_classes)
     initial = weights_digest(learner.model)
-    identity = {"model": initial, "data": examples_digest(labelled, annotated), **settings.must_match()}
+    identity = {
+        "model": initial,
+        "data": examples_digest(labelled, annotated),
+        "preprocessing": preprocessing.to_dict(),
+        **settings.must_match(),
+    }
     before = _measured(learner, validation, preprocessing, settings)
     state = path.with_name(f"{path.name}.training")
     distilled = _copied(model) if settings.distillation else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,6 +66,14 @@ class PictureBatches:
         """
         pictures = SPLITS["train"][:SCENES_AT_MOST] if data == SCENES else find_images([data])
         return cls(pictures, preprocessing, **settings)
+
+    def digest(self) -> str:
+        """SHA-256 of what is in which batch: names, order and preparation; no picture is opened."""
+        named = (
+            str(self.pictures) if isinstance(self.pictures, range) else "\n".join(map(os.path.abspath, self.pictures))
+        )
+        how = f"{self.batch_size} {self.seed} {self.objects} {self.preprocessing.to_dict()}"
+        return hashlib.sha256(f"{how}\n{named}".encode("utf-8", "backslashreplace")).hexdigest()
 
     def __len__(self) -> int:
         return -(-len(self.pictures) // self.batch_size)
