@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -333,6 +334,16 @@ def test_an_interrupted_training_ends_no_program(
     assert signal.getsignal(signal.SIGINT) is handler
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_loss_that_is_no_number_overwrites_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "model.safetensors"
+    output.write_bytes(b"an earlier model")
+    settings = dataclasses.replace(TINY, learning_rate=1e30)
+    with pytest.raises(VitExplainError, match=r"no loss and gradient that are numbers .*nan.*Lower learning_rate"):
+        train_classifier(output, settings, progress=False)
+    assert output.read_bytes() == b"an earlier model"
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_whole_scenes_train_the_model_as_it_is_used(model: nn.Module) -> None:

@@ -138,7 +138,12 @@ def _learning_module(model: nn.Module, settings: ClassifierSettings, *, refining
             for optimizer in optimizers:
                 optimizer.zero_grad()
             self.manual_backward(loss)
-            nn.utils.clip_grad_norm_(self.parameters(), settings.gradient_clip)
+            norm = nn.utils.clip_grad_norm_(self.parameters(), settings.gradient_clip)
+            if not (loss.isfinite() and norm.isfinite()):  # before it reaches the weights, and they the file
+                raise VitExplainError(
+                    f"training gave no loss and gradient that are numbers at step {batch_index + 1} of its round, but "
+                    f"{float(loss)} and {float(norm)}; no weights were written. Lower learning_rate or refining_rate"
+                )
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = highest_rate * rise * fall
@@ -177,7 +182,8 @@ def train_classifier(
     Raises:
         InputError: `output` is no place for a checkpoint.
         ExportError: its folder is read-only.
-        VitExplainError: Lightning is not installed, torch is older than 2.9, or training was interrupted.
+        VitExplainError: Lightning is not installed, torch is older than 2.9, or training was interrupted or gave no
+            number as its loss.
     """
     settings = settings if settings is not None else ClassifierSettings()
     output = check_output(output)
