@@ -596,6 +596,16 @@ def test_a_model_of_one_output_has_no_distribution_to_keep(
         train_diffmask(model, batches, tmp_path / "gates.safetensors", settings)
 
 
+def test_the_random_states_of_gpus_are_left_alone(
+    model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("all GPUs were seeded")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", refuse)
+    learner(model, batches[0])
+
+
 def test_lookahead_follows_every_few_steps() -> None:
     moved, still = torch.zeros(2, requires_grad=True), torch.ones(1, requires_grad=True)
     lookahead = Lookahead([moved, still], interval=3, share=0.5)

@@ -370,6 +370,18 @@ def test_a_model_of_one_output_has_nothing_to_imitate(tmp_path: Path, examples: 
         train_iavit(model, alike, PREPROCESSING, output, TINY)
 
 
+def test_the_random_states_of_gpus_are_left_alone(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("all GPUs were seeded")
+
+    model = vit()
+    monkeypatch.setattr("torch.cuda.manual_seed_all", refuse)
+    fresh_interpreter(InterpreterShape(4, 2), 0)
+    train_iavit(model, examples, PREPROCESSING, tmp_path / "i.safetensors", replace(TINY, steps=1))
+
+
 # -- going on ----------------------------------------------------------------------------------------------------
 
 

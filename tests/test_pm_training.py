@@ -419,6 +419,17 @@ def test_a_model_without_such_a_head_is_refused(tmp_path: Path, examples: list[E
     assert not list(tmp_path.iterdir())
 
 
+def test_the_random_states_of_gpus_are_left_alone(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("all GPUs were seeded")
+
+    model = vit()
+    monkeypatch.setattr("torch.cuda.manual_seed_all", refuse)
+    train(model, examples, tmp_path / "pm.safetensors", steps=1)
+
+
 def test_dropped_patches_are_named(tmp_path: Path, examples: list[Example]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"drops patches.*patch_drop_rate"):
         train(vit(patch_drop_rate=0.5), examples, tmp_path / "pm.safetensors")

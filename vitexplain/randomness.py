@@ -29,6 +29,21 @@ def normal_draws(count: int, like: Tensor, generator: torch.Generator) -> Tensor
     return torch.stack([torch.randn(like.shape[1:], generator=generator, **DRAWN) for _ in range(count)]).to(like)
 
 
+def begin_at(seed: int, device: torch.device) -> None:
+    """The global generators of the CPU and of one device begin at a seed; `torch.manual_seed` sets those of all GPUs.
+
+    Args:
+        seed: 0 to 2⁶³-1.
+        device: whose generator is set, besides the CPU's.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """The global generators of torch and NumPy begin at a seed inside, and are as they were outside.

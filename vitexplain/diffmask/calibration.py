@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..randomness import begin_at
 from .gates import Gate, Gates, GateShape
 from .hard_concrete import log_survival
 
@@ -31,7 +32,7 @@ def fresh_gates(
         replacement: where b starts: ``"mean"``, the mean embedding; ``"random"``, a small random vector.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        begin_at(seed, torch.device("cpu"))
         gates = Gates(shape)
         nn.init.normal_(gates.replacement, std=shape.width**-0.5)
     gates = gates.to(embeddings.device)

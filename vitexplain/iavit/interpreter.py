@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionOperands, propagate
 from ..errors import InputError, OptionError
+from ..randomness import begin_at
 
 Head = Literal["pooled", "position"]
 """How an interpreter gets from mixed patches to logits."""
@@ -133,5 +134,5 @@ class Interpreter(nn.Module):
 def fresh_interpreter(shape: InterpreterShape, seed: int) -> Interpreter:
     """An interpreter with the first weights that a seed decides; the caller's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        begin_at(seed, torch.device("cpu"))
         return Interpreter(shape)

@@ -24,6 +24,7 @@ from ..data.scenes import CLASS_NAMES, MEAN, SIZE, SPLITS, STD, make_scene, norm
 from ..errors import InputError, VitExplainError
 from ..files import save_json, write_whole
 from ..models.embedded import build_model
+from ..randomness import begin_at
 from .lightning_run import check_output, trainer, undisturbed
 from .recipe import PATCH, ClassifierSettings
 from .scene_batches import NO_OBJECT, Batch, SceneBatches, ScenePool
@@ -224,12 +225,12 @@ def train_classifier(
 def _fit(settings: ClassifierSettings, progress: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Runs both rounds of the recipe; the caller's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        begin_at(settings.seed, torch.device("cpu"))
         model = build_model(settings.architecture)
         pool = ScenePool.paint(settings.one_object_scenes, settings.two_object_scenes, settings.occlusion)
         history = _fit_round(model, pool, settings, refining=False, progress=progress)
         if settings.refining_steps:
-            torch.manual_seed(settings.seed + 1)
+            begin_at(settings.seed + 1, torch.device("cpu"))
             history += _fit_round(model, pool, settings, refining=True, progress=progress)
     return model.eval(), history
 

@@ -131,11 +131,12 @@ def _new_model(arguments: dict[str, Any], device: str, seed: int) -> tuple[Loade
     from ..models.embedded import build_model
     from ..models.loading import LoadedModel
     from ..preprocessing import Preprocessing
-    from ..randomness import seeded
+    from ..randomness import begin_at
 
     if arguments["embed_layer"] == "linear":
         del arguments["embed_layer"]
-    with seeded(seed, torch.device("cpu")):  # the same each time, or no training could be resumed
+    with torch.random.fork_rng(devices=[]):
+        begin_at(seed, torch.device("cpu"))  # the same each time, or no training could be resumed
         model = build_model(arguments)
     model = model.to(device)
     side = arguments["img_size"]

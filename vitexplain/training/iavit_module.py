@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..randomness import begin_at
 from .diffmask_state import read_training_state, write_training_state
 from .iavit_learners import InterpreterLearner
 from .iavit_settings import IAViTSettings
@@ -85,7 +86,7 @@ class IAViTModule(lightning.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> None:
         settings = self.learner.settings
-        torch.manual_seed(settings.seed * _SPREAD + self.step)  # dropout is then a function of the step
+        begin_at(settings.seed * _SPREAD + self.step, self.device)  # dropout is then a function of the step
         objective = self.learner.objective(batch)
         self._optimizer.zero_grad(set_to_none=True)
         self.manual_backward(objective.loss)

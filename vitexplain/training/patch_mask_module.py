@@ -15,6 +15,7 @@ from ..iavit.trunk import dropped_patches
 from ..layout import to_tokens
 from ..models.adapter import ModelAdapter
 from ..models.token_head import TokenHead
+from ..randomness import begin_at
 from .diffmask_state import read_training_state, write_training_state
 from .patch_mask_batches import PatchMaskBatch
 from .patch_mask_losses import mask_loss, patch_cover
@@ -88,7 +89,7 @@ class PatchMaskModule(lightning.LightningModule):
 
     def training_step(self, batch: PatchMaskBatch, _: int) -> None:
         settings = self.settings
-        torch.manual_seed(settings.seed * _SPREAD + self.step)  # dropout is then a function of the step
+        begin_at(settings.seed * _SPREAD + self.step, self.device)  # dropout is then a function of the step
         tokens, logits = final_tokens_and_logits(self.adapter, batch.images)
         answers = self._answers(batch)
         classification = F.cross_entropy(logits, answers, label_smoothing=settings.label_smoothing)
