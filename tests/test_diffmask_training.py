@@ -606,6 +606,20 @@ def test_the_random_states_of_gpus_are_left_alone(
     learner(model, batches[0])
 
 
+def test_a_caller_s_inference_mode_and_precision_are_no_hindrance(
+    tmp_path: Path, model: nn.Module, batches: list[Tensor]
+) -> None:
+    output, before = tmp_path / "gates.safetensors", torch.get_default_dtype()
+    with torch.inference_mode():
+        train_diffmask(model, batches, output, TINY)
+        assert torch.is_inference_mode_enabled()
+    torch.set_default_dtype(torch.float64)
+    try:
+        train_diffmask(model, batches, output, TINY)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_lookahead_follows_every_few_steps() -> None:
     moved, still = torch.zeros(2, requires_grad=True), torch.ones(1, requires_grad=True)
     lookahead = Lookahead([moved, still], interval=3, share=0.5)

@@ -382,6 +382,20 @@ def test_the_random_states_of_gpus_are_left_alone(
     train_iavit(model, examples, PREPROCESSING, tmp_path / "i.safetensors", replace(TINY, steps=1))
 
 
+def test_a_caller_s_inference_mode_and_precision_are_no_hindrance(tmp_path: Path, examples: list[Example]) -> None:
+    output, model, images = tmp_path / "i.safetensors", vit(), batches(2)
+    short, before = replace(TINY, steps=1), torch.get_default_dtype()
+    with torch.inference_mode():
+        train_interpreter(model, images, output, short)
+        train_iavit(model, examples, PREPROCESSING, output, short)
+    torch.set_default_dtype(torch.float64)
+    try:
+        train_interpreter(model, images, output, short)
+        train_iavit(model, examples, PREPROCESSING, output, short)
+    finally:
+        torch.set_default_dtype(before)
+
+
 # -- going on ----------------------------------------------------------------------------------------------------
 
 

@@ -430,6 +430,11 @@ def test_the_random_states_of_gpus_are_left_alone(
     train(model, examples, tmp_path / "pm.safetensors", steps=1)
 
 
+def test_a_caller_s_inference_mode_is_no_hindrance(tmp_path: Path, examples: list[Example]) -> None:
+    with torch.inference_mode():
+        train(vit(), examples, tmp_path / "pm.safetensors", steps=1)
+
+
 def test_dropped_patches_are_named(tmp_path: Path, examples: list[Example]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"drops patches.*patch_drop_rate"):
         train(vit(patch_drop_rate=0.5), examples, tmp_path / "pm.safetensors")

@@ -115,7 +115,7 @@ def evaluate(
         mask = hard_mask(amortised_log_kept(gates, found, None if features is None else features[classes]))
         reports.append(judge(masked, gates.replacement, found.images, found.logits, mask, constraint, classes))
     each = torch.cat([report.divergence for report in reports]).float()
-    median, high = each.quantile(torch.tensor([0.5, 0.95], device=each.device)).tolist()
+    median, high = each.quantile(each.new_tensor([0.5, 0.95])).tolist()
     return Evaluation(
         divergence=each.mean().item(),
         divergence_median=median,

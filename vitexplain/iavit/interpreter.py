@@ -132,7 +132,7 @@ class Interpreter(nn.Module):
 
 
 def fresh_interpreter(shape: InterpreterShape, seed: int) -> Interpreter:
-    """An interpreter with the first weights that a seed decides; the caller's random state stays as it is."""
+    """An interpreter, float32, with the first weights that a seed decides; the caller's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         begin_at(seed, torch.device("cpu"))
-        return Interpreter(shape)
+        return Interpreter(shape).float()

@@ -164,6 +164,7 @@ def _learning_module(model: nn.Module, settings: ClassifierSettings, *, refining
     return ClassifierModule()
 
 
+@torch.inference_mode(False)  # a caller's, in which nothing can be learnt
 def train_classifier(
     output: str | Path, settings: ClassifierSettings | None = None, *, progress: bool = True
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..diffmask.checkpoint import save_checkpoint
@@ -40,6 +41,7 @@ _NEARLY_ALL = 0.99
 _MAY_CHANGE = ("steps", "patience")
 
 
+@torch.inference_mode(False)  # a caller's, in which nothing can be learnt
 def train_diffmask(
     model: nn.Module | ModelAdapter,
     images: Iterable[Any],

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["IAViTSettings", "train_iavit", "train_interpreter"]
 
 
+@torch.inference_mode(False)  # a caller's, in which nothing can be learnt
 def train_interpreter(
     model: nn.Module | ModelAdapter,
     images: Iterable[Any],
@@ -113,6 +114,7 @@ def train_interpreter(
     return _finished(module, path, adapter, {**(card or {}), "images": count}, started, with_model=False)
 
 
+@torch.inference_mode(False)  # a caller's, in which nothing can be learnt
 def train_iavit(
     model: nn.Module | ModelAdapter,
     examples: Sequence[Example],

@@ -40,6 +40,7 @@ from .trained_model import check_precision
 __all__ = ["PatchMaskSettings", "train_patch_masks"]
 
 
+@torch.inference_mode(False)  # a caller's, in which nothing can be learnt
 def train_patch_masks(
     model: nn.Module | ModelAdapter,
     labelled: Sequence[Example],
