@@ -144,6 +144,10 @@ def test_boxes_stand_in_for_a_mask() -> None:
     [
         ({"mask": None}, "neither mask nor boxes"),
         ({"mask": np.ones((3, 3), np.int8)}, "expected the same"),
+        (
+            {"size": (SIZE, SIZE + 1), "mask": None, "boxes": np.array([[0.0, 0, 9, 9]])},
+            "is of a picture of .* expected",
+        ),
         ({"labels": ()}, "expected a class from 0 to 3"),
         ({"labels": (4,)}, "expected a class from 0 to 3"),
     ],

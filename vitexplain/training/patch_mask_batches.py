@@ -101,8 +101,13 @@ def object_mask(example: Example, size: tuple[int, int]) -> npt.NDArray[np.int8]
         size: height and width of the picture.
 
     Raises:
-        InputError: it has neither, or one of another size.
+        InputError: it has neither, or is of a picture of another size.
     """
+    if example.size is not None and example.size != size:
+        raise InputError(
+            f"the annotation of {example.name!r} is of a picture of {example.size}, its picture {size} (height, "
+            "width); expected the same"
+        )
     if example.mask is not None:
         mask = example.mask
     elif example.boxes is not None:
