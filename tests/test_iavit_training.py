@@ -355,6 +355,12 @@ def test_a_regulariser_that_would_not_move_the_model_is_refused(
     assert train_iavit(model, examples, PREPROCESSING, output, replace(TINY, steps=1, reg="none"))["result"]
 
 
+def test_masks_that_nobody_looks_at_may_be_wrong(examples: list[Example]) -> None:
+    wrong = [replace(examples[0], mask=np.ones((3, 3), np.int8), size=(3, 3))]
+    expected = labelled_images(examples[:1], PREPROCESSING, CLASSES)
+    assert torch.equal(labelled_images(wrong, PREPROCESSING, CLASSES).images, expected.images)
+
+
 def test_dropped_patches_are_named(tmp_path: Path, examples: list[Example]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"drops patches.*patch_drop_rate"):
         train_iavit(vit(patch_drop_rate=0.5), examples, PREPROCESSING, tmp_path / "i.safetensors", TINY)

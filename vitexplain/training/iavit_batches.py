@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -109,7 +110,8 @@ def labelled_images(examples: Sequence[Example], preprocessing: Preprocessing, n
     Raises:
         InputError: a picture cannot be read, or an example has no class of the model.
     """
-    views = [view_example(example, preprocessing) for example in examples]
+    bare = [replace(example, mask=None, boxes=None, size=None) for example in examples]  # nothing there is looked at
+    views = [view_example(example, preprocessing) for example in bare]
     for view in views:
         if not view.labels or not 0 <= view.labels[0] < num_classes:
             raise InputError(
