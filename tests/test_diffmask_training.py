@@ -521,6 +521,23 @@ def test_figures_are_logged(tmp_path: Path, model: nn.Module, batches: list[Tens
     assert {int(row["step"]) for row in rows} == {10, 20}
 
 
+def test_figures_from_before_an_interruption_are_kept(tmp_path: Path, model: nn.Module, batches: list[Tensor]) -> None:
+    settings, more = dataclasses.replace(TINY, steps=30, evaluate_every=10), {"validation": batches[:1]}
+    train_diffmask(model, batches, tmp_path / "whole.safetensors", settings, logs=tmp_path / "whole", **more)
+    output, logs = tmp_path / "gates.safetensors", tmp_path / "logs"
+    with pytest.raises(KeyboardInterrupt):
+        train_diffmask(model, Interrupted(batches, 25), output, settings, logs=logs, **more)
+    train_diffmask(model, batches, output, settings, logs=logs, resume=True, **more)
+    found, expected = ((each / "metrics.csv").read_text().splitlines() for each in (logs, tmp_path / "whole"))
+    assert len(found) == len(expected) == 7
+    columns = [sorted(lines[0].split(",")) for lines in (found, expected)]
+    assert columns[0] == columns[1]
+    steps = [[row["step"] for row in csv.DictReader(lines)] for lines in (found, expected)]
+    assert steps[0] == steps[1] == ["10", "10", "20", "20", "30", "30"]
+    depths = [[row["depth"] for row in csv.DictReader(lines)] for lines in (found, expected)]
+    assert depths[0] == depths[1]
+
+
 def test_the_method_fits_itself(tmp_path: Path, model: nn.Module, batches: list[Tensor]) -> None:
     method = DiffMask(depth=1).fit(adapt(model), batches, tmp_path / "gates.safetensors", **dataclasses.asdict(TINY))
     assert method == DiffMask(depth=1, checkpoint=str(tmp_path / "gates.safetensors"))

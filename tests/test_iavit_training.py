@@ -421,20 +421,26 @@ class Breaking(list[Example]):
 
 def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, examples: list[Example]) -> None:
     model = vit(proj_drop_rate=0.2, drop_path_rate=0.1)
+    logs = [tmp_path / "logs of one", tmp_path / "logs of two"]
     held, output = examples[:4], tmp_path / "broken.safetensors"
-    unbroken = train_iavit(model, examples, PREPROCESSING, tmp_path / "unbroken.safetensors", TINY, validation=held)
+    unbroken = train_iavit(
+        model, examples, PREPROCESSING, tmp_path / "unbroken.safetensors", TINY, validation=held, logs=logs[0]
+    )
     with pytest.raises(RuntimeError, match="disk"):  # one to look at the model, four a step: five steps
-        train_iavit(model, Breaking(examples, 22), PREPROCESSING, output, TINY, validation=held)
+        train_iavit(model, Breaking(examples, 22), PREPROCESSING, output, TINY, validation=held, logs=logs[1])
     assert [each.name for each in tmp_path.glob("broken*")] == ["broken.safetensors.training"]
     otherwise = PREPROCESSING.replace(mean=(0.4, 0.5, 0.5))
     with pytest.raises(CheckpointError, match="preprocessing differ"):
         train_iavit(model, examples, otherwise, output, TINY, validation=held, resume=True)
-    resumed = train_iavit(model, Breaking(examples, 9), PREPROCESSING, output, TINY, validation=held, resume=True)
+    resumed = train_iavit(
+        model, Breaking(examples, 9), PREPROCESSING, output, TINY, validation=held, resume=True, logs=logs[1]
+    )
     assert resumed["history"] == unbroken["history"]
     expected = load_file(tmp_path / "unbroken.safetensors")
     for name, each in load_file(output).items():
         torch.testing.assert_close(each, expected[name], rtol=0, atol=0)
     assert not list(tmp_path.glob("*.training"))
+    assert len({(each / "metrics.csv").read_text() for each in logs}) == 1
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, examples: list[Example]) -> None:

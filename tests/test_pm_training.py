@@ -125,17 +125,21 @@ class Breaking(list[Example]):
 @pytest.mark.parametrize("loss", ["balanced", "joint"])
 def test_resumed_training_ends_where_an_unbroken_one_does(tmp_path: Path, examples: list[Example], loss: Any) -> None:
     model = vit(proj_drop_rate=0.2, drop_path_rate=0.1)
-    unbroken = train(model, examples, tmp_path / "unbroken.safetensors", loss=loss)
+    logs = [tmp_path / "logs of one", tmp_path / "logs of two"]
+    unbroken = train(model, examples, tmp_path / "unbroken.safetensors", loss=loss, logs=logs[0])
     output = tmp_path / "broken.safetensors"
     with pytest.raises(RuntimeError, match="disk"):
-        train(model, Breaking(examples, 20), output, loss=loss)  # 4 a step, so 5 steps; saved after 2 and 4
+        train(
+            model, Breaking(examples, 20), output, loss=loss, logs=logs[1]
+        )  # 4 a step, so 5 steps; saved after 2 and 4
     assert sorted(each.name for each in tmp_path.glob("broken*")) == ["broken.safetensors.training"]
-    resumed = train(model, Breaking(examples, 8), output, loss=loss, resume=True)
+    resumed = train(model, Breaking(examples, 8), output, loss=loss, resume=True, logs=logs[1])
     assert resumed["history"] == unbroken["history"]
     expected = load_file(tmp_path / "unbroken.safetensors")
     for name, tensor in load_file(output).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
     assert not list(tmp_path.glob("*.training"))
+    assert len({(each / "metrics.csv").read_text() for each in logs}) == 1
 
 
 def test_losses_between_two_entries_of_the_log_are_kept(tmp_path: Path, examples: list[Example]) -> None:

@@ -26,7 +26,7 @@ from ..models.fingerprint import weights_digest
 from .data_digest import images_digest
 from .diffmask_learner import DiffMaskLearner
 from .diffmask_settings import DiffMaskSettings
-from .lightning_run import check_output, interruption, undisturbed
+from .lightning_run import check_output, csv_logger, interruption, undisturbed
 from .picture_batches import PictureBatches
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def train_diffmask(
         module.resume()
     place = next(masked.adapter.model.parameters()).device
     with _model_put_back(masked.adapter.model), undisturbed(place):
-        _trainer(masked.adapter, logs, precision, devices, progress).fit(module, Batches(images, module))
+        loggers = _loggers(logs, 0 if module.resumed is None else module.resumed["step"])
+        _trainer(masked.adapter, loggers, precision, devices, progress).fit(module, Batches(images, module))
     if not module.finished:
         raise KeyboardInterrupt(interruption(module.step, module.state))
     record = _record(module, output, time.monotonic() - started)
@@ -182,7 +183,7 @@ def _state_file(output: Path) -> Path:
 
 
 def _trainer(
-    adapter: ModelAdapter, logs: str | os.PathLike[str] | None, precision: str, devices: int, progress: bool
+    adapter: ModelAdapter, loggers: Sequence[Any] | Literal[False], precision: str, devices: int, progress: bool
 ) -> Any:
     import lightning
 
@@ -196,7 +197,7 @@ def _trainer(
         strategy="auto" if devices == 1 else "ddp_find_unused_parameters_true",
         precision=passes,
         max_epochs=1,
-        logger=_loggers(logs),
+        logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=progress,
         enable_model_summary=False,
@@ -204,12 +205,12 @@ def _trainer(
     )
 
 
-def _loggers(folder: str | os.PathLike[str] | None) -> Sequence[Any] | Literal[False]:
+def _loggers(folder: str | os.PathLike[str] | None, logged: int) -> Sequence[Any] | Literal[False]:
     if folder is None:
         return False
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.loggers import TensorBoardLogger
 
-    loggers: list[Any] = [CSVLogger(Path(folder), name="", version="")]
+    loggers: list[Any] = [csv_logger(folder, logged)]
     if importlib.util.find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(Path(folder), name="", version=""))
     return loggers

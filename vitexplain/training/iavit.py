@@ -229,7 +229,9 @@ def _fit(
     if resume and module.state.is_file():
         module.resume()
     with undisturbed(place):
-        trainer(place, logs, progress=progress).fit(module, numbered(batches, module.step, settings))
+        logged = max(0, module.step - 1)  # the step that was saved is evaluated once more
+        fitting = trainer(place, logs, progress=progress, logged=logged)
+        fitting.fit(module, numbered(batches, module.step, settings))
     if not module.finished:
         raise VitExplainError(interruption(module.step, module.state))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +53,46 @@ def interruption(steps: int, state: Path) -> str:
     return f"training stopped after {steps} steps; what was last saved is kept in {state}: go on with resume"
 
 
-def trainer(device: torch.device, logs: str | os.PathLike[str] | None, *, progress: bool) -> Any:
+def csv_logger(folder: str | os.PathLike[str], logged: int) -> Any:
+    """Lightning's logger of figures as ``metrics.csv``, written at once; it would delete what is there.
+
+    Args:
+        folder: where to.
+        logged: the last step, of a training that goes on, whose figures are kept; 0 where it starts.
+    """
+    from lightning.pytorch.loggers import CSVLogger
+
+    rows: list[dict[str, str]] = []
+    earlier = Path(folder) / "metrics.csv"
+    if logged and earlier.is_file():
+        with earlier.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+    logger = CSVLogger(Path(folder), name="", version="", flush_logs_every_n_steps=1)
+    for row in rows:
+        with suppress(ValueError, TypeError):  # somebody else's table
+            if (step := int(row.pop("step"))) > logged:
+                break
+            logger.log_metrics({name: float(value) for name, value in row.items() if value}, step=step)
+    return logger
+
+
+def trainer(device: torch.device, logs: str | os.PathLike[str] | None, *, progress: bool, logged: int = 0) -> Any:
     """A Lightning trainer for one pass over numbered batches on one device.
 
     Args:
         device: where the model is.
         logs: folder for the figures of the course as ``metrics.csv``; None keeps none.
         progress: whether to show a progress bar.
+        logged: see `csv_logger`.
     """
     import lightning
-    from lightning.pytorch.loggers import CSVLogger
 
     kinds = {"cuda": "gpu", "mps": "mps"}
     return lightning.Trainer(
         accelerator=kinds.get(device.type, "cpu"),
         devices=[device.index or 0] if device.type == "cuda" else 1,
         max_epochs=1,
-        logger=False if logs is None else CSVLogger(Path(logs), name="", version=""),
+        logger=False if logs is None else csv_logger(logs, logged),
         enable_checkpointing=False,
         enable_progress_bar=progress,
         enable_model_summary=False,

@@ -112,7 +112,7 @@ def train_patch_masks(
         module.resume()
     place = next(learner.model.parameters()).device
     with undisturbed(place):
-        trainer(place, logs, progress=progress).fit(module, _loader(batches, module.step))
+        trainer(place, logs, progress=progress, logged=module.step).fit(module, _loader(batches, module.step))
     if module.step < settings.steps:
         raise VitExplainError(interruption(module.step, state))
     learner.model.to(place).eval()
