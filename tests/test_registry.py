@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from families import make_images, make_model
 from torch import Tensor
 
 import vitexplain
 from vitexplain import (
     Capture,
+    CaptureError,
     Explainer,
     ExplanationWarning,
     Method,
@@ -141,10 +143,82 @@ def test_a_new_method_is_one_class() -> None:
     assert explanation.diagnostics["constant"].all()
     assert explanation.options == {"level": 2.5}
 
-    with pytest.raises(ValueError, match=r"'Rollout' is already taken by vitexplain.methods.rollout.Rollout"):
+    with pytest.raises(
+        OptionError, match=r"'Rollout' of .*Other is already taken by vitexplain.methods.rollout.Rollout"
+    ):
         register_method("Rollout", title="", paper="", class_specific=False, passes="1F")(type("Other", (Method,), {}))
     register_method("uniform", title="Again", paper="none", class_specific=False, passes="1F")(Uniform)
     assert method_info("uniform").title == "Again"
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_a_class_of_the_same_name_from_elsewhere_replaces_nothing() -> None:
+    before = method_info("saliency").method
+    with pytest.raises(OptionError, match=r"'saliency' of elsewhere.Saliency is already taken by vitexplain.methods"):
+        register_method("saliency", title="", paper="", class_specific=True, passes="1F")(
+            type("Saliency", (Method,), {"__module__": "elsewhere"})
+        )
+    assert method_info("saliency").method is before
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_what_is_declared_wrongly_is_said() -> None:
+    with pytest.raises(OptionError, match=r"no_method: found .*NoMethod, expected a class derived from"):
+
+        @register_method("no_method", title="", paper="", class_specific=False, passes="1F")  # type: ignore[type-var]
+        class NoMethod:
+            pass
+
+    class Uniform(Method):
+        def attribute(self, capture: Capture) -> Tensor:
+            return capture.seed_row()
+
+    @register_method("no_option", title="", paper="", class_specific=False, passes="1F")
+    @dataclass(frozen=True)
+    class NoOption(Uniform):
+        level: float = 1.0
+
+    with pytest.raises(OptionError, match=r"no_option: found the field level, .* expected level = option\(default"):
+        create_method("no_option", level=2.0)
+    with pytest.raises(OptionError, match="no_option: found the field level"):
+        method_info("no_option").options
+
+    @register_method("no_dataclass", title="", paper="", class_specific=False, passes="1F")
+    class NoDataclass(Uniform):
+        level: float = option(1.0, "what every token gets")
+
+    with pytest.raises(
+        OptionError, match=r"no_dataclass: found the option level .* expected @dataclass\(frozen=True\)"
+    ):
+        create_method("no_dataclass")
+
+
+@pytest.mark.usefixtures("_clean_registry")
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float16])
+def test_scores_come_in_single_precision_or_wider_whatever_a_method_returns(kind: torch.dtype) -> None:
+    from families import make_images
+
+    @register_method("narrow", title="Narrow", paper="none, 2026", class_specific=False, passes="1F")
+    @dataclass(frozen=True)
+    class Narrow(Method):
+        def attribute(self, capture: Capture) -> Tensor:
+            return (torch.arange(capture.num_tokens) % 2).to(kind).expand(len(capture.images), -1)
+
+    assert get_explainer("narrow", make_model("cls"))(make_images("cls")).scores.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_scores_that_are_no_tensor_are_refused() -> None:
+    from families import make_images
+
+    @register_method("array", title="Array", paper="none, 2026", class_specific=False, passes="1F")
+    @dataclass(frozen=True)
+    class Array(Method):
+        def attribute(self, capture: Capture) -> Tensor:
+            return capture.seed_row().numpy()  # type: ignore[return-value]
+
+    with pytest.raises(CaptureError, match=r"array returned ndarray, expected scores as a torch\.Tensor"):
+        get_explainer("array", make_model("cls"))(make_images("cls"))
 
 
 @pytest.mark.usefixtures("_clean_registry")
@@ -175,10 +249,12 @@ class FromOutside(Method):
 
 def test_entry_points_bring_methods_and_broken_ones_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "outside.py").write_text(PLUGIN)
+    wrong = PLUGIN.replace("from_outside", "wrong").replace("    def", "    level: float = 1.0\n    def")
+    (tmp_path / "wrong.py").write_text(wrong)
     (tmp_path / "plug-1.0.dist-info").mkdir()
     (tmp_path / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
     (tmp_path / "plug-1.0.dist-info" / "entry_points.txt").write_text(
-        f"[{registry.ENTRY_POINT_GROUP}]\nbroken = no_such_module\noutside = outside\n"
+        f"[{registry.ENTRY_POINT_GROUP}]\nbroken = no_such_module\noutside = outside\nwrong = wrong\n"
     )
     script = (
         "import sys, warnings; sys.path[:0] = sys.argv[1:]\n"
@@ -194,6 +270,8 @@ def test_entry_points_bring_methods_and_broken_ones_do_no_harm(tmp_path: Path) -
     assert "from_outside" in names
     assert "tokentm" in names
     assert "'broken' (no_such_module) could not be loaded" in warned
+    assert "wrong" not in names
+    assert "(wrong) could not be loaded and is left out: OptionError: wrong: found the field level" in warned
 
 
 def test_methods_and_models_in_each_other_s_place() -> None:

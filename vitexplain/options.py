@@ -54,6 +54,7 @@ class Configurable(ABC):
     info: ClassVar[Any]
 
     def __post_init__(self) -> None:
+        check_declared(type(self))
         for each in dataclasses.fields(self):
             _check_option(self.info.name, each, getattr(self, each.name))
 
@@ -66,8 +67,34 @@ class Configurable(ABC):
 _Kind = TypeVar("_Kind", bound=Configurable)
 
 
+def check_declared(kind: type[Configurable]) -> None:
+    """Checks that what a class has of options can be read as such.
+
+    Raises:
+        OptionError: a field was not made by `option`, or the class is no dataclass and has fields all the same.
+    """
+    name = kind.info.name
+    for each, value in vars(kind).items():
+        if isinstance(value, dataclasses.Field):
+            raise OptionError(
+                f"{name}: found the option {each} in {kind.__qualname__}, which is no dataclass, expected "
+                "@dataclass(frozen=True) above the class, under the line that registers it"
+            )
+    for field in dataclasses.fields(kind):
+        if "help" not in field.metadata:
+            raise OptionError(
+                f"{name}: found the field {field.name}, of which nothing but its type and default is known, expected "
+                f'{field.name} = option(default, "what it does"), from vitexplain.options'
+            )
+
+
 def options_of(kind: type[Configurable]) -> tuple[OptionInfo, ...]:
-    """The options of a class, in the order of its fields."""
+    """The options of a class, in the order of its fields.
+
+    Raises:
+        OptionError: they were not declared as options.
+    """
+    check_declared(kind)
     return tuple(
         OptionInfo(each.name, each.default, each.metadata["help"], describe_range(each))
         for each in dataclasses.fields(kind)
@@ -79,8 +106,9 @@ def configure(kind: type[_Kind], options: dict[str, Any]) -> _Kind:
 
     Raises:
         UnknownNameError: there is no such option.
-        OptionError: a value that an option cannot take.
+        OptionError: a value that an option cannot take, or options that were not declared as such.
     """
+    check_declared(kind)
     known = [each.name for each in dataclasses.fields(kind)]
     for each in options:
         if each not in known:
@@ -95,7 +123,7 @@ def describe_range(each: dataclasses.Field[Any]) -> str:
         words += ["True", "False"]
     elif isinstance(each.default, int | float):
         limits = [
-            f"{relation} {each.metadata[key]:g}"
+            f"{relation} {_exact(each.metadata[key])}"
             for key, relation in (("minimum", ">="), ("maximum", "<="))
             if each.metadata[key] is not None
         ]
@@ -104,6 +132,10 @@ def describe_range(each: dataclasses.Field[Any]) -> str:
     elif not words:
         words.append("text")
     return " or ".join(words)
+
+
+def _exact(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _check_option(method: str, each: dataclasses.Field[Any], value: Any) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .errors import ExplanationWarning, UnknownNameError
+from .errors import ExplanationWarning, OptionError, UnknownNameError
 from .method import Method
-from .options import OptionInfo, configure, options_of
+from .options import OptionInfo, check_declared, configure, options_of
 
 ENTRY_POINT_GROUP = "vitexplain.methods"
 """Entry-point group in which other distributions name modules that register methods."""
@@ -77,19 +77,24 @@ def register_method(
     """Class decorator that adds a method to the registry; see `MethodInfo` for the arguments.
 
     Raises:
-        ValueError: the name or an alias is taken by another class.
+        OptionError: the name or an alias is taken by another class, or the class is no `Method`.
     """
 
     def register(cls: _Class) -> _Class:
+        if not issubclass(cls, Method):
+            raise OptionError(f"{name}: found {cls.__qualname__}, expected a class derived from vitexplain.Method")
+        if cls.__module__.partition(".")[0] != __package__:
+            _load()  # so that a name that is taken is known here, and not when methods are looked up
         info = MethodInfo(
             name, title, paper, class_specific, passes, signed, trainable, stochastic, tuple(aliases), cls
         )
         for each in (name, *aliases):
             other = _lookup(each)
             # the same class again is a notebook cell or a module that was reloaded
-            if other is not None and (other.method.__qualname__, other.name) != (cls.__qualname__, name):
-                taken = f"{other.method.__module__}.{other.method.__qualname__}"
-                raise ValueError(f"method name {each!r} is already taken by {taken}; choose another name")
+            if other is not None and (_place(other.method), other.name) != (_place(cls), name):
+                raise OptionError(
+                    f"method name {each!r} of {_place(cls)} is already taken by {_place(other.method)}; choose another name"
+                )
         _methods[name] = info
         cls.info = info
         return cls
@@ -148,6 +153,10 @@ def squash(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
 
 
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _load() -> None:
     """Loads all methods, once; other threads wait until they are there."""
     global _loaded, _loading
@@ -169,9 +178,14 @@ def _load_everything() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        before = set(_methods)
         try:
             entry_point.load()
+            for name in _methods.keys() - before:
+                check_declared(_methods[name].method)
         except Exception as error:  # somebody else's code: its failure must not take the built-in methods away
+            for name in _methods.keys() - before:
+                del _methods[name]
             warnings.warn(
                 f"the plug-in {entry_point.name!r} ({entry_point.value}) could not be loaded and is left out: "
                 f"{type(error).__name__}: {error}",

@@ -11,6 +11,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
+from .attention import widen
 from .batch_parts import even_part, images_that_pay
 from .borrowing import autocast_is_on, without_autocast
 from .capture import Capture
@@ -173,6 +174,9 @@ def _scores(method: Method, capture: Capture) -> tuple[Tensor, Tensor]:
 
 
 def _on_grid(method: Method, relevance: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
+    if not isinstance(relevance, Tensor):
+        raise CaptureError(f"{method.info.name} returned {type(relevance).__name__}, expected scores as a torch.Tensor")
+    relevance = widen(relevance.detach() if relevance.is_floating_point() else relevance.float())
     batch = len(capture.images)
     share = relevance.new_zeros(batch)
     for layout in dict.fromkeys(capture.layouts):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import UnknownNameError
+from ..errors import OptionError, UnknownNameError
 from ..options import OptionInfo, configure, options_of
 from ..registry import squash
 from .metric import Metric, Part
@@ -68,13 +68,17 @@ def register_metric(
     """Class decorator that adds a metric to the catalogue; see `MetricInfo` for the arguments.
 
     Raises:
-        ValueError: the name is taken by another class.
+        OptionError: the name is taken by another class, or the class is no `Metric`.
     """
 
     def register(cls: _Class) -> _Class:
-        other = _metrics.get(name)
-        if other is not None and other.metric.__qualname__ != cls.__qualname__:
-            raise ValueError(f"metric name {name!r} is already taken by {other.metric.__qualname__}; choose another")
+        if not issubclass(cls, Metric):
+            raise OptionError(f"{name}: found {cls.__qualname__}, expected a class derived from Metric")
+        other = None if name not in _metrics else _metrics[name].metric
+        # the same class again is a notebook cell or a module that was reloaded
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            taken = f"{other.__module__}.{other.__qualname__}"
+            raise OptionError(f"metric name {name!r} is already taken by {taken}; choose another")
         info = MetricInfo(name, title, paper, frozenset(requires), tuple(figures), cls)
         _metrics[name] = cls.info = info
         return cls
