@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -387,6 +388,40 @@ def test_a_method_that_a_model_does_not_allow_is_listed_and_the_rest_goes_on(tmp
     assert "| scenes | refuser | all | found a plain transformer" in (tmp_path / "report.md").read_text()
     with pytest.raises(InputError, match="nothing remains to be measured: refuser: found a plain transformer"):
         bench(tmp_path / "alone", methods=["refuser"], metrics=["auprc"])
+
+
+OF_SOMEBODY_ELSE = """
+from dataclasses import dataclass
+from vitexplain import Method, register_method
+
+@register_method("theirs", title="T", paper="P", class_specific=False, passes="1F")
+@dataclass(frozen=True)
+class Theirs(Method):
+    def attribute(self, capture):
+        return capture.seed_row() + capture.images.mean((1, 2, 3), keepdim=True)[:, 0, 0] * {factor}
+"""
+
+
+@pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+def test_a_method_of_somebody_elses_is_run_again_when_its_code_changed(
+    tmp_path: Path, registered: Any, explained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    asked = {"methods": ["theirs"], "metrics": ["auprc"]}
+
+    def again(factor: int) -> int:
+        (tmp_path / "their_module.py").write_text(OF_SOMEBODY_ELSE.format(factor=factor))
+        sys.modules.pop("their_module", None)
+        importlib.import_module("their_module")
+        explained.clear()
+        bench(tmp_path / "results", **asked)
+        return len(explained)
+
+    assert again(1) > 0
+    assert again(1) == 0
+    assert again(100) > 0
+    sys.modules.pop("their_module")
 
 
 def test_a_method_that_draws_lots_does_so_for_each_image(tmp_path: Path, registered: Any) -> None:

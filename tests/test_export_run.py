@@ -31,7 +31,7 @@ from vitexplain import (
     explain_with,
     open_export,
 )
-from vitexplain.export import ahead, folder, pipeline, run
+from vitexplain.export import ahead, folder, manifest, pipeline, run
 from vitexplain.locking import locked
 from vitexplain.preprocessing import Preprocessing
 
@@ -390,6 +390,16 @@ def test_other_settings_in_the_same_folder_are_refused(
     with pytest.raises(ExportError, match=f"holds another export: .*{difference}"):
         export(images, unbroken, **{"view": "overlay", **changes})
     assert contents(unbroken) == before
+
+
+def test_other_code_of_somebody_elses_method_in_the_same_folder_is_refused(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(images, tmp_path, methods=["rollout"])
+    assert "code" not in json.loads((tmp_path / "manifest.json").read_text())["methods"]["rollout"]
+    monkeypatch.setattr(manifest, "own_code", lambda kind: (kind.__name__,))
+    with pytest.raises(ExportError, match=r'methods\.rollout\.code is "none" there, and "Rollout" now'):
+        export(images, tmp_path, methods=["rollout"])
 
 
 def test_other_weights_in_the_same_folder_are_refused(unbroken: Path, images: list[Path]) -> None:

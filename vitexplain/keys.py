@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ LAYOUT_VERSION = 1
 """Part of every key; raised when the same settings come to mean other stored values."""
 
 _BLOCK = 1 << 20
+_PACKAGE = __name__.partition(".")[0]
 
 
 def digest(*parts: Any) -> str:
@@ -26,6 +30,25 @@ def digest(*parts: Any) -> str:
 def seed_of(*parts: Any) -> int:
     """A seed for a random generator, 0 to 2⁶³-1: the same for the same parts, in every process."""
     return int(digest("seed", *parts)[:16], 16) >> 1
+
+
+@cache
+def own_code(kind: type) -> tuple[str, ...]:
+    """Digest (64 hexadecimal digits) of the code that a method or metric of somebody else's is made of.
+
+    That is the modules of the class and of its bases; of what was typed in or run as a script, the class alone. None for
+    what belongs to this package, whose version is noted where results are stored, and where the code cannot be read.
+    """
+    sources = set()
+    for each in kind.__mro__:
+        package = each.__module__.partition(".")[0]
+        if package == _PACKAGE or package in sys.stdlib_module_names:
+            continue
+        try:
+            sources.add(inspect.getsource(each if package == "__main__" else sys.modules[each.__module__]))
+        except (OSError, TypeError, KeyError):
+            continue
+    return (digest("code", sorted(sources)),) if sources else ()
 
 
 def example_digest(example: Example) -> str:

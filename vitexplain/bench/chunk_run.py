@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.batches import ExampleBatch
 from ..errors import InputError
-from ..keys import digest, file_digest, seed_of
+from ..keys import digest, file_digest, own_code, seed_of
 from ..method import Method
 from ..metrics.batches import explain_quietly, explaining
 from ..metrics.metric import Metric, MetricBatch, diagnose
@@ -135,7 +135,8 @@ class ChunkRun:
     def metric_key(self, method: str, metric: str) -> str:
         """Key of a metric's statistics."""
         chosen = self.plan.metrics[metric]
-        return digest("metric", self._scores_key(method), chosen.info.name, chosen.options, self._shown(chosen))
+        own, shown = own_code(type(chosen)), self._shown(chosen)
+        return digest("metric", self._scores_key(method), chosen.info.name, chosen.options, shown, *own)
 
     def has_statistics(self, method: str, metric: str) -> bool:
         """Whether a metric's statistics are stored."""
@@ -248,7 +249,8 @@ class ChunkRun:
         learned = [] if (found := self._checkpoint(chosen)) is None else [file_digest(found)]
         extent = self.model.subject.adapter.extent(self.model.preprocessing.size)
         apart = [] if extent is None else [list(extent)]  # most models' patches cover just the image
-        return digest("scores", self._predictions_key, chosen.info.name, chosen.options, drawn, *learned, *apart)
+        own = own_code(type(chosen))
+        return digest("scores", self._predictions_key, chosen.info.name, chosen.options, drawn, *learned, *apart, *own)
 
     def _checkpoint(self, method: Method) -> Path | None:
         """What a method learned, if it does and has; its content counts, as training again may write the same file."""

@@ -44,8 +44,8 @@ def run_bench(
     Results are stored chunk by chunk. A run that was interrupted, or killed, goes on where it was; one with more
     methods, metrics, models or images computes what is new. A stored result counts as long as all that determines it is
     the same: weights, preprocessing and precision, images and annotations, which kinds of these metrics are shown,
-    target, options, seeds of what draws lots. Not among these are the versions of this and other packages, the device,
-    and whether models were compiled, which are noted.
+    target, options, seeds of what draws lots, the modules of methods and metrics of somebody else's. Not among these
+    are the versions of this and other packages, the device, and whether models were compiled, which are noted.
 
     The folder gets ``results.parquet`` (statistics of each image), ``figures.parquet`` (figures with intervals and
     ranks), ``run.json`` (what was run), ``report.html`` and ``report.md`` with ``plots/``, and ``cells/`` with what is

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError
+from ..keys import own_code
 from ..method import Method
 from ..models.loading import LoadedModel
 from .entries import Entry
@@ -37,6 +38,7 @@ def describe(
             "approximate": model.subject.adapter.approximate if method.follows_blocks else None,
             # where maps take up just the image, as nearly always, exports stay what they were without this entry
             **{name: value for name, value in asdict(shapes[label]).items() if (name, value) != ("extent", None)},
+            **{"code": each for each in own_code(type(method))},
         }
         for label, method in methods.items()
     }
