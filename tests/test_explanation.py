@@ -17,8 +17,11 @@ from vitexplain import (
     InputError,
     OptionError,
     TargetError,
+    UnknownNameError,
+    UnsupportedModelError,
     adapt,
     create_method,
+    explain_with,
     get_explainer,
 )
 from vitexplain.explainer import Subject
@@ -92,6 +95,58 @@ def test_pictures_files_and_tensors_give_the_same_map(subject: Subject, picture:
         torch.testing.assert_close(explainer(given, 2).scores, by_tensor.scores)
     torch.testing.assert_close(explainer(PREPROCESSING(picture), 2).scores, by_tensor.scores)
     np.testing.assert_array_equal(by_tensor.pictures()[0], np.asarray(PREPROCESSING.view(picture)))
+
+
+def test_what_pipelines_hand_out_gives_the_same_map(subject: Subject, picture: Image.Image) -> None:
+    explainer = get_explainer("generic_attention", subject)
+    tensor = subject.prepare([picture] * 2)
+    expected = explainer(tensor, 1).scores
+    array = np.asarray(picture)
+    for given in ([tensor[0], tensor[1]], {"pixel_values": tensor}, [array, array], np.stack([array, array])):
+        assert torch.equal(explainer(given, 1).scores, expected)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"\(2, 3, 32, 48\) and \(2,\), expected one tensor .* pass the images alone"):
+        explainer((tensor, torch.tensor([1, 2])))
+    with pytest.raises(InputError, match=r"an array of type float32, expected normalised input as a tensor"):
+        explainer(tensor.numpy())  # type: ignore[arg-type]
+
+
+def test_models_and_methods_are_taken_as_get_explainer_takes_them() -> None:
+    from vitexplain import load_model
+
+    loaded = load_model("scenes")
+    images = torch.randn(1, 3, 96, 96)
+    expected = get_explainer("rollout", loaded)(images).scores
+    for model in ("scenes", loaded, loaded.subject, loaded.model, Explainer("rollout", loaded)):
+        found = explain_with(["rollout", create_method("gradcam")], model, images)[0].scores
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert Subject.of(loaded) is loaded.subject
+    assert Subject.of("scenes").labels == loaded.labels
+    assert torch.equal(Explainer("rollout", loaded)(images).scores, expected)
+
+
+def test_what_is_no_model_or_no_name_is_said() -> None:
+    from vitexplain import compare
+
+    for given in (None, make_model("cls").state_dict()):
+        with pytest.raises(UnsupportedModelError, match=r"found .*, expected a torch\.nn\.Module"):
+            get_explainer("rollout", given)  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModelError, match=r"found .*, expected a torch\.nn\.Module"):
+            compare([given], make_images("cls"), ["rollout"])  # type: ignore[list-item]
+    with pytest.raises(UnknownNameError, match="found a VisionTransformer, expected the name of a method"):
+        get_explainer(make_model("cls"), "rollout")  # type: ignore[arg-type]
+
+
+def test_overlays_take_pictures_as_a_list(subject: Subject, picture: Image.Image) -> None:
+    explanation = get_explainer("generic_attention", subject)([picture] * 2, 1)
+    large = [picture.resize((120, 80)), picture.resize((120, 80)).convert("L")]
+    drawn = explanation.overlay(large)
+    assert drawn.shape == (2, 80, 120, 3)
+    assert np.array_equal(drawn, explanation.overlay(np.stack([np.asarray(each.convert("RGB")) for each in large])))
+    explanation.panel(large)
+    with pytest.raises(InputError, match="found pictures of 2 shapes"):
+        explanation.overlay([picture, large[0]])
+    with pytest.raises(OptionError, match=r"found size=224, expected \(height, width\)"):
+        explanation.heatmap(224)  # type: ignore[arg-type]
 
 
 def test_pictures_need_a_known_preprocessing(picture: Image.Image) -> None:

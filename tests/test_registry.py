@@ -181,7 +181,7 @@ def test_what_is_declared_wrongly_is_said() -> None:
     with pytest.raises(OptionError, match=r"no_option: found the field level, .* expected level = option\(default"):
         create_method("no_option", level=2.0)
     with pytest.raises(OptionError, match="no_option: found the field level"):
-        method_info("no_option").options
+        assert method_info("no_option").options
 
     @register_method("no_dataclass", title="", paper="", class_specific=False, passes="1F")
     class NoDataclass(Uniform):

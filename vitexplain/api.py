@@ -10,7 +10,6 @@ from .automatic import NAME, automatic
 from .errors import UnknownNameError
 from .explainer import Explainer, Subject
 from .models.adapter import ModelAdapter
-from .models.graphs import opened
 from .registry import create_method, squash
 
 if TYPE_CHECKING:
@@ -48,11 +47,7 @@ def get_explainer(
             "model). A configured method goes into vitexplain.Explainer(method, model)"
         )
     method = create_method(name, **options)
-    if isinstance(model, str):
-        from .models.loading import load_model
-
-        model = load_model(model)
-    subject = Subject.of(opened(model))
+    subject = Subject.of(model)
     return Explainer(automatic(subject) if squash(name) == NAME and not options else method, subject)
 
 

@@ -19,17 +19,20 @@ from .method import Method
 from .models import adapt
 from .models.adapter import ModelAdapter
 from .models.labels import read_labels
+from .registry import create_method
 from .shared_capture import Attributed, attribute_together
 from .targets import Target, check_length, named_classes, select_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch.export import ExportedProgram
 
     from .models.loading import LoadedModel
     from .preprocessing import Preprocessing
 
-    Picture: TypeAlias = "str | os.PathLike[str] | Image"
-    Images: TypeAlias = "Tensor | Picture | Sequence[Picture]"
+    Picture: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray"
+    Images: TypeAlias = "Tensor | Sequence[Tensor] | Picture | Sequence[Picture]"
+    Model: TypeAlias = "nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,25 +58,41 @@ class Subject:
             object.__setattr__(self, "labels", read_labels(self.labels))
 
     @classmethod
-    def of(cls, model: nn.Module | ModelAdapter | Subject | LoadedModel) -> Subject:
-        """Wraps a model; its preprocessing is read from its configuration where it has one."""
-        if not isinstance(model, nn.Module | ModelAdapter):
-            model = getattr(model, "subject", model)  # what `load_model` returned
-        if isinstance(model, Subject):
-            return model
+    def of(cls, model: Model) -> Subject:
+        """Wraps a model; its preprocessing is read from its configuration where it has one.
+
+        Args:
+            model: a module, also one of `torch.export`, or an adapter; what `load_model` returned, or a name that it
+                takes.
+
+        Raises:
+            UnsupportedModelError: no adapter fits, or what was passed is no model.
+            UnknownNameError: no such model.
+        """
+        if isinstance(model, str):
+            from .models.loading import load_model
+
+            model = load_model(model)
+        known = model if isinstance(model, Subject | nn.Module) else getattr(model, "subject", None)
+        if isinstance(known, Subject):
+            return known
         from .preprocessing import Preprocessing
 
-        adapter = adapt(model)
-        known = getattr(adapter.model, "pretrained_cfg", None) is not None and adapter.num_channels == 3
-        return cls(adapter, Preprocessing.from_timm(adapter.model) if known else None)
+        adapter = adapt(cast("nn.Module | ModelAdapter", model))
+        configured = getattr(adapter.model, "pretrained_cfg", None) is not None and adapter.num_channels == 3
+        return cls(adapter, Preprocessing.from_timm(adapter.model) if configured else None)
 
     def prepare(self, images: Images) -> Tensor:
-        """Pictures or files as the model's input (B, 3, H, W); tensors pass as they are.
+        """Pictures or files as the model's input (B, 3, H, W); tensors pass as they are, lists of them as a batch.
 
         Raises:
             InputError: a file cannot be read, pictures were given and the preprocessing is not known, or what was
-                given are the named inputs of a model, or a number.
+                given are several named inputs of a model, tensors of different sizes, or a number.
         """
+        if isinstance(images, Mapping) and list(images) == ["pixel_values"]:  # of an image processor
+            images = images["pixel_values"]
+        if isinstance(images, list | tuple) and images and all(isinstance(each, Tensor) for each in images):
+            images = _batch(cast("Sequence[Tensor]", images))
         if isinstance(images, Tensor):
             if images.ndim == 0:
                 raise InputError(f"found the number {images.item()}, expected a tensor (B, 3, H, W) or (3, H, W)")
@@ -83,6 +102,11 @@ class Subject:
                 f"found a mapping with {', '.join(map(repr, images))}, expected images: a tensor (B, C, H, W) of one "
                 "size (patches are cut here where a model wants them; images of different sizes go one size at a time)"
             )
+        if getattr(getattr(images, "dtype", None), "kind", "") == "f":
+            raise InputError(
+                f"found an array of type {images.dtype}, expected normalised input as a tensor (torch.from_numpy(…)), "
+                "or pictures as files, PIL images or uint8 arrays (H, W, 3)"
+            )
         if self.preprocessing is None:
             raise InputError(
                 "pictures were given, but how this model wants them is not known: pass a normalised tensor "
@@ -90,24 +114,40 @@ class Subject:
             )
         from .images import load_image
 
-        pictures: Any = images if isinstance(images, list | tuple) else [images]
-        if not pictures:
+        many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4  # an array (B, H, W, 3)
+        pictures: Any = images if many else [images]
+        if not len(pictures):
             raise InputError("found an empty list of images, expected at least one")
         return self.preprocessing([load_image(picture) for picture in pictures])
+
+
+def _batch(images: Sequence[Tensor]) -> Tensor:
+    """Single images, each (C, H, W), as a batch.
+
+    Raises:
+        InputError: other shapes, or different ones.
+    """
+    shapes = list(dict.fromkeys(tuple(each.shape) for each in images))
+    if len(shapes) > 1 or len(shapes[0]) != 3:
+        raise InputError(
+            f"found a list of tensors of shape {' and '.join(map(str, shapes[:3]))}, expected one tensor (B, C, H, W), "
+            "or a list of images (C, H, W) of one size; of a data loader's (images, labels) pass the images alone"
+        )
+    return torch.stack(list(images))
 
 
 class Explainer:
     """One method on one model: ``explainer(images, target)`` gives an `Explanation`.
 
     Args:
-        method: the configured method.
-        model: a model, an adapter, a `Subject`, or what `load_model` returned.
+        method: the configured method, or its name.
+        model: what `Subject.of` takes.
     """
 
-    def __init__(self, method: Method, model: nn.Module | ModelAdapter | Subject | LoadedModel) -> None:
-        self.method = method
+    def __init__(self, method: Method | str, model: Model) -> None:
+        self.method = _configured(method)
         self.subject = Subject.of(model)
-        self.subject.adapter.check_needs(method.needs)
+        self.subject.adapter.check_needs(self.method.needs)
 
     def __repr__(self) -> str:
         return f"Explainer({self.method!r}, {type(self.subject.adapter.model).__name__})"
@@ -116,8 +156,8 @@ class Explainer:
         """Explains a batch.
 
         Args:
-            images: (B, 3, H, W) normalised tensor, or one image (3, H, W); or a file, a PIL image, or a list of
-                these, where the model's preprocessing is known.
+            images: (B, 3, H, W) normalised tensor, one image (3, H, W), or a list of such images; or a file, a PIL
+                image or a uint8 array (H, W, 3), or a list of these, where the model's preprocessing is known.
             target: what is explained: None (predicted class), an int, B indices, B×K indices (K maps from one
                 forward), a pair ``(a, b)`` for class a against b, or a function of the logits (B, C) → (B,). Names
                 of classes will do for indices where the subject has labels.
@@ -186,8 +226,8 @@ class Explainer:
 
 
 def explain_with(
-    methods: Sequence[Method],
-    subject: Subject,
+    methods: Sequence[Method | str],
+    subject: Model,
     images: Images,
     target: Target = None,
     *,
@@ -196,14 +236,17 @@ def explain_with(
     """Several methods on the same images: one capture serves all that follow the same gradient.
 
     One forward and one backward a target, whatever the number of methods, for `batch_size` images at a time or as many
-    as pay; balanced gradients, and each kind of relevance propagation, take as many beside the plain ones. Arguments
-    and errors as for `Explainer.__call__`.
+    as pay; balanced gradients, and each kind of relevance propagation, take as many beside the plain ones. Methods are
+    configured ones or names, the subject what `Subject.of` takes; the other arguments and errors are those of
+    `Explainer.__call__`.
 
     Returns:
         One explanation a method, in their order.
     """
     if not methods:
         raise OptionError("found no methods, expected at least one")
+    methods = [_configured(each) for each in ([methods] if isinstance(methods, str | Method) else methods)]
+    subject = Subject.of(subject)
     for method in methods:
         subject.adapter.check_needs(method.needs)
     if isinstance(target, Sequence) and not isinstance(target, list | tuple | str):
@@ -228,6 +271,10 @@ def explain_with(
         else:
             start += step
     return [Explanation.concatenate(list(of_method)) for of_method in zip(*parts, strict=True)]
+
+
+def _configured(method: Method | str) -> Method:
+    return method if isinstance(method, Method) else create_method(method)
 
 
 def _explain_batch(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, OptionError
 from .patch_pixels import Extent, scaled_extent
 
 if TYPE_CHECKING:
@@ -128,10 +128,15 @@ class Explanation:
 
         Returns:
             (B, H, W) or (B, K, H, W), float32.
+
+        Raises:
+            OptionError: no such mode or scale, or a size that is none.
         """
         from . import render
 
         size = size or self.image_size
+        if isinstance(size, int):
+            raise OptionError(f"found size={size}, expected (height, width), such as ({size}, {size})")
         maps = render.upsample(self.scores.float(), size, mode, self.extent_in(size))
         return render.normalise(maps, signed=self.signed, scale=scale)
 
@@ -154,7 +159,7 @@ class Explanation:
 
     def overlay(
         self,
-        pictures: np.ndarray | None = None,
+        pictures: np.ndarray | Sequence[np.ndarray | Image] | None = None,
         *,
         boxes: Sequence[Tensor | np.ndarray] | None = None,
         box_threshold: float | None = None,
@@ -163,7 +168,8 @@ class Explanation:
         """Heatmaps over the pictures.
 
         Args:
-            pictures: uint8 (B, H, W, 3) RGB; by default the model's own input.
+            pictures: uint8 (B, H, W, 3) RGB, or a list of B arrays or PIL images of one size, which show what the model
+                saw, at any size; by default the model's own input.
             boxes: annotated boxes of each image, B of (n, 4) x0, y0, x1, y1 in pixels of the pictures; drawn in blue.
             box_threshold: draws white boxes around what is hotter than this share of each map's highest heat, as
                 `vitexplain.boxes.heatmap_to_boxes` finds them; of signed maps, around what speaks for the target.
@@ -179,7 +185,7 @@ class Explanation:
         from . import render
         from .boxes import ANNOTATED, draw_boxes, heatmap_to_boxes
 
-        pictures = self.pictures() if pictures is None else pictures
+        pictures = self.pictures() if pictures is None else _together(pictures)
         heatmaps = self.heatmap((pictures.shape[1], pictures.shape[2])).cpu()
         overlays = []
         for maps in (heatmaps[:, None] if heatmaps.ndim == 3 else heatmaps).unbind(1):
@@ -191,17 +197,19 @@ class Explanation:
             overlays.append(drawn)
         return overlays[0] if heatmaps.ndim == 3 else np.stack(overlays, axis=1)
 
-    def panel(self, pictures: np.ndarray | None = None, *, scale: float = 1, **style: Any) -> Image:
+    def panel(
+        self, pictures: np.ndarray | Sequence[np.ndarray | Image] | None = None, *, scale: float = 1, **style: Any
+    ) -> Image:
         """One picture of everything: a row an image, the input beside the overlay of each target.
 
         Args:
-            pictures: uint8 (B, H, W, 3) RGB; by default the model's own input.
+            pictures: as for `overlay`.
             scale: pixels for a logical pixel; 2 for high-resolution screens and print.
             **style: of `overlay`.
         """
         from .panels import Cell, panel
 
-        pictures = self.pictures() if pictures is None else pictures
+        pictures = self.pictures() if pictures is None else _together(pictures)
         overlays = self.overlay(pictures, **style)
         overlays = overlays[:, None] if self.scores.ndim == 3 else overlays
         probabilities = self.probabilities.reshape(len(self), -1).tolist()
@@ -270,3 +278,21 @@ class Explanation:
 
     def _targets_text(self) -> str:
         return "a function" if self.targets is None else str(self.targets.tolist())
+
+
+def _together(pictures: np.ndarray | Sequence[np.ndarray | Image]) -> np.ndarray:
+    """Pictures as one array; an array as it is.
+
+    Raises:
+        InputError: they differ in size.
+    """
+    if not isinstance(pictures, list | tuple):
+        return np.asarray(pictures)
+    # PIL images have a mode, and may be grey or have alpha
+    arrays = [np.asarray(each.convert("RGB") if hasattr(each, "convert") else each) for each in pictures]
+    shapes = list(dict.fromkeys(each.shape for each in arrays))
+    if len(shapes) != 1:
+        raise InputError(
+            f"found pictures of {len(shapes)} shapes, such as {shapes[:2]}, expected (H, W, 3), all the same"
+        )
+    return np.stack(arrays)

@@ -36,8 +36,8 @@ def seed_of(*parts: Any) -> int:
 def own_code(kind: type) -> tuple[str, ...]:
     """Digest (64 hexadecimal digits) of the code that a method or metric of somebody else's is made of.
 
-    That is the modules of the class and of its bases; of what was typed in or run as a script, the class alone. None for
-    what belongs to this package, whose version is noted where results are stored, and where the code cannot be read.
+    That is the modules of the class and of its bases; of what was typed in or run as a script, the class alone. None
+    for what belongs to this package, whose version is noted where results are stored, and for code that cannot be read.
     """
     sources = set()
     for each in kind.__mro__:

@@ -92,8 +92,9 @@ def register_method(
             other = _lookup(each)
             # the same class again is a notebook cell or a module that was reloaded
             if other is not None and (_place(other.method), other.name) != (_place(cls), name):
+                taken = _place(other.method)
                 raise OptionError(
-                    f"method name {each!r} of {_place(cls)} is already taken by {_place(other.method)}; choose another name"
+                    f"method name {each!r} of {_place(cls)} is already taken by {taken}; choose another name"
                 )
         _methods[name] = info
         cls.info = info
@@ -123,6 +124,8 @@ def method_info(name: str) -> MethodInfo:
     Raises:
         UnknownNameError: no method has this name; the message lists close matches and all names.
     """
+    if not isinstance(name, str):
+        raise UnknownNameError(f"found a {type(name).__name__}, expected the name of a method, such as 'tokentm'")
     _load()
     info = _lookup(name)
     if info is None:

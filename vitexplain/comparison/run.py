@@ -18,7 +18,6 @@ from ..explainer import Subject, explain_with
 from ..files import as_text
 from ..method import Method
 from ..models.adapter import ModelAdapter
-from ..models.graphs import opened
 from ..models.labels import class_index
 from ..registry import create_method
 from ..targets import ScoreFunction, Target
@@ -56,8 +55,8 @@ def compare(
     Args:
         model: one or several, or by own labels in a mapping: modules, adapters, subjects, what `load_model` returned,
             or names that it takes.
-        images: files, PIL images or a list of these, where the models' preprocessing is known; or a normalised tensor
-            (B, 3, H, W).
+        images: files, PIL images, uint8 arrays (H, W, 3) or a list of these, where the models' preprocessing is known;
+            or a normalised tensor (B, 3, H, W).
         methods: names, or configured methods; by own labels in a mapping.
         targets: the classes explained, by index or name: one for all images, a list for all images, or B×K of them
             (nested lists or a tensor), K an image. None for the most probable classes of each image and model. A
@@ -118,10 +117,9 @@ def _subject(given: Model) -> tuple[str, Subject]:
     """A model and the name it goes by."""
     if isinstance(given, str):
         given = load_model(given)
-    known: Any = opened(given)
-    subject = Subject.of(known)
-    loaded = not isinstance(known, nn.Module | ModelAdapter | Subject)
-    return known.name if loaded else type(subject.adapter.model).__name__, subject
+    subject = Subject.of(given)
+    name = None if isinstance(given, nn.Module | ModelAdapter | Subject) else getattr(given, "name", None)
+    return name or type(subject.adapter.model).__name__, subject
 
 
 def _methods(given: Sequence[str | Method] | Mapping[str, str | Method]) -> dict[str, Method]:

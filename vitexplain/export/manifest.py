@@ -38,7 +38,7 @@ def describe(
             "approximate": model.subject.adapter.approximate if method.follows_blocks else None,
             # where maps take up just the image, as nearly always, exports stay what they were without this entry
             **{name: value for name, value in asdict(shapes[label]).items() if (name, value) != ("extent", None)},
-            **{"code": each for each in own_code(type(method))},
+            **dict(zip(("code",), own_code(type(method)), strict=False)),
         }
         for label, method in methods.items()
     }

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..api import load_model
 from ..errors import ExplanationWarning, InputError, OptionError, TargetError
 from ..explainer import Subject, explain_with
 from ..explanation import Explanation
 from ..method import Method
 from ..models.adapter import ModelAdapter
-from ..models.graphs import opened
 from ..targets import Target, check_length, select_target
 from .metric import MetricBatch
 from .objects import checked_masks
@@ -163,10 +161,7 @@ def metric_batches(
 
 def subject_of(model: nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str) -> Subject:
     """The subject of a model, of what `load_model` returned, or of a name that it takes."""
-    if isinstance(model, str):
-        model = load_model(model)
-    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(model)
-    return Subject.of(known) if isinstance(known, nn.Module | ModelAdapter | Subject) else known.subject
+    return Subject.of(model)
 
 
 def explaining(method: Method, subject: Subject, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
