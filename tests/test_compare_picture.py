@@ -190,7 +190,7 @@ class TestPicture:
             draw(comparison, **options)
 
     def test_files(self, comparison: Comparison, tmp_path: Path) -> None:
-        with Image.open(comparison.save(tmp_path / "a.png", cell_size=SIDE)) as png:
+        with Image.open(comparison.save(tmp_path / "a.PNG", cell_size=SIDE)) as png:
             size = png.size
         content = comparison.save(tmp_path / "a.pdf", cell_size=SIDE).read_bytes()
         assert content.startswith(b"%PDF")

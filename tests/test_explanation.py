@@ -183,6 +183,16 @@ def test_overlays_and_panels(subject: Subject, picture: Image.Image) -> None:
     assert explainer([picture], lambda z: z[:, 0]).target_names() == [["function"]]
 
 
+def test_panels_say_what_colours_mean(subject: Subject, picture: Image.Image) -> None:
+    from vitexplain.panels import colour_bar
+
+    for name, signed in (("generic_attention", False), ("attnlrp", True)):
+        panel = np.asarray(get_explainer(name, subject)([picture], torch.tensor([[1, 2]])).panel())
+        bar = np.asarray(colour_bar(signed=signed, width=208))
+        places = np.lib.stride_tricks.sliding_window_view(panel[-len(bar) - 40 :], bar.shape)[:, :, 0]
+        assert (places == bar).all((2, 3, 4)).sum() == 2
+
+
 def test_saving_and_reading_back(subject: Subject, picture: Image.Image, tmp_path: Path) -> None:
     explanation = Explainer(create_method("tokentm"), subject)([picture], [[1, 2]])
     with Image.open(explanation.save(tmp_path / "a" / "panel.png")) as panel:
@@ -194,6 +204,8 @@ def test_saving_and_reading_back(subject: Subject, picture: Image.Image, tmp_pat
     with pytest.raises(InputError, match=r"expected .png, .npy or .npz"):
         explanation.save(tmp_path / "scores.csv")
     assert sorted(each.name for each in tmp_path.rglob("*.*")) == ["all.npz", "panel.png", "scores.npy"]
+    with Image.open(explanation.save(tmp_path / "LOUD.PNG")) as drawn:
+        assert drawn.format == "PNG"
 
 
 @pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory", None])

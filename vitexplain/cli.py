@@ -258,7 +258,8 @@ def models(
         some = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         say(
             f"{len(others)} other architectures of timm match {pattern!r} ({some}). They are not built here; most are "
-            "explained by their last feature map, with Grad-CAM and what else needs no attention: see docs/support.md"
+            "explained by their last feature map, with Grad-CAM and what else needs no attention: see "
+            "docs/architecture.md"
         )
     elif not found:
         raise UnknownNameError(

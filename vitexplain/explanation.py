@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from .preprocessing import Preprocessing
 
+_BAR = 208  # logical pixels, a little less than a picture of a panel
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
@@ -200,14 +202,14 @@ class Explanation:
     def panel(
         self, pictures: np.ndarray | Sequence[np.ndarray | Image] | None = None, *, scale: float = 1, **style: Any
     ) -> Image:
-        """One picture of everything: a row an image, the input beside the overlay of each target.
+        """One picture of everything: a row an image, the input beside the overlay of each target; what colours mean.
 
         Args:
             pictures: as for `overlay`.
             scale: pixels for a logical pixel; 2 for high-resolution screens and print.
             **style: of `overlay`.
         """
-        from .panels import Cell, panel
+        from .panels import Cell, colour_bar, panel
 
         pictures = self.pictures() if pictures is None else _together(pictures)
         overlays = self.overlay(pictures, **style)
@@ -222,7 +224,8 @@ class Explanation:
                 for name, probability in zip(name_row, probability_row, strict=True)
             ]
             rows.append([Cell(picture), *(Cell(each, caption) for each, caption in zip(image, captions, strict=True))])
-        return panel(rows, title=self.method, scale=scale)
+        bar = colour_bar(style.get("colormap"), signed=self.signed, width=_BAR, scale=scale)
+        return panel(rows, title=self.method, legends=[None, *[bar] * overlays.shape[1]], scale=scale)
 
     def show(self) -> None:
         """Shows `panel` in the notebook, or in the system's image viewer."""
@@ -243,11 +246,12 @@ class Explanation:
         from .render import save_png
 
         path = Path(path)
-        if path.suffix == ".png":
+        suffix = path.suffix.lower()
+        if suffix == ".png":
             save_png(self.panel(), path)
-        elif path.suffix == ".npy":
+        elif suffix == ".npy":
             save_scores(self.scores, path)
-        elif path.suffix == ".npz":
+        elif suffix == ".npz":
             arrays = {"scores": self.scores, "logits": self.logits, **self.diagnostics}
             if self.extent is not None:
                 arrays |= {"extent": torch.tensor(self.extent), "image_size": torch.tensor(self.image_size)}

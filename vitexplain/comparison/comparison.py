@@ -230,14 +230,15 @@ class Comparison:
         from ..render import save_png
 
         path = Path(path)
-        if path.suffix == ".png":
+        suffix = path.suffix.lower()
+        if suffix == ".png":
             return save_png(self.picture(**options), path)
-        if path.suffix == ".pdf":
+        if suffix == ".pdf":
             # a page as large as the picture is in logical pixels, 96 of which are an inch
             resolution = 96 * options.get("scale", 2)
             save = partial(self.picture(**options).save, format="PDF", resolution=resolution, quality=_PDF_QUALITY)
             return write_whole(path, save)
-        if path.suffix == ".html":
+        if suffix == ".html":
             from .report import render_report
 
             text = render_report(self, **options)
