@@ -102,9 +102,10 @@ class Subject:
                 f"found a mapping with {', '.join(map(repr, images))}, expected images: a tensor (B, C, H, W) of one "
                 "size (patches are cut here where a model wants them; images of different sizes go one size at a time)"
             )
-        if getattr(getattr(images, "dtype", None), "kind", "") == "f":
+        dtype = getattr(images, "dtype", None)
+        if getattr(dtype, "kind", "") == "f":
             raise InputError(
-                f"found an array of type {images.dtype}, expected normalised input as a tensor (torch.from_numpy(…)), "
+                f"found an array of type {dtype}, expected normalised input as a tensor (torch.from_numpy(…)), "
                 "or pictures as files, PIL images or uint8 arrays (H, W, 3)"
             )
         if self.preprocessing is None:
@@ -245,9 +246,9 @@ def explain_with(
     """
     if not methods:
         raise OptionError("found no methods, expected at least one")
-    methods = [_configured(each) for each in ([methods] if isinstance(methods, str | Method) else methods)]
+    configured = [_configured(each) for each in ([methods] if isinstance(methods, str | Method) else methods)]
     subject = Subject.of(subject)
-    for method in methods:
+    for method in configured:
         subject.adapter.check_needs(method.needs)
     if isinstance(target, Sequence) and not isinstance(target, list | tuple | str):
         target = cast("Target", list(target))
@@ -263,7 +264,7 @@ def explain_with(
     while start < len(inputs) or not parts:
         rows = slice(start, start + step)
         try:
-            parts.append(_explain_batch(methods, subject, inputs[rows], select_target(target, rows), start, at_once))
+            parts.append(_explain_batch(configured, subject, inputs[rows], select_target(target, rows), start, at_once))
         except RuntimeError as error:
             if step <= 1 or not is_out_of_memory(error):
                 raise
