@@ -250,7 +250,9 @@ def test_a_quantised_model_is_explained_without_gradients(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("part", ["mlp", "whole"])
-@pytest.mark.parametrize("name", ["generic_attention", "attnlrp", "legrad", "full_lrp", "smoothgrad", "integrated_gradients"])
+@pytest.mark.parametrize(
+    "name", ["generic_attention", "attnlrp", "legrad", "full_lrp", "smoothgrad", "integrated_gradients"]
+)
 def test_no_gradient_goes_through_quantised_layers(name: str, part: str) -> None:
     """Around a quantised feed-forward branch it goes through the residual alone, and looks like one."""
     model: Any = make_model("cls")

@@ -69,13 +69,17 @@ class Annotations:
             InputError: not one an image, no numbers, labels that are no whole ones, or masks of several sizes or other
                 values than 1, 0 and -1.
         """
-        for name, value in (("labels", labels), ("masks", masks), ("boxes", boxes)):
+        given: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes}
+        for name, value in given.items():
             if value is None:
                 continue
-            if not np.iterable(value):
-                raise InputError(f"found {value!r} as {name} of {images} images, expected a list of one an image")
-            if len(value) != images:
-                raise InputError(f"found {len(value)} {name} for {images} images, expected one an image")
+            try:
+                count = len(value)
+            except TypeError as error:
+                found = f"found {value!r} as {name} of {images} images"
+                raise InputError(f"{found}, expected a list of one an image") from error
+            if count != images:
+                raise InputError(f"found {count} {name} for {images} images, expected one an image")
         return cls(
             None if labels is None else _labels(_numbers("labels", labels)),
             None if masks is None else _stacked([_numbers("the mask of an image", each) for each in masks]),
