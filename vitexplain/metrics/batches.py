@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..api import load_model
 from ..errors import ExplanationWarning, InputError, OptionError, TargetError
 from ..explainer import Subject, explain_with
 from ..explanation import Explanation
 from ..method import Method
 from ..models.adapter import ModelAdapter
+from ..models.graphs import opened
 from ..targets import Target, check_length, select_target
 from .metric import MetricBatch
 from .objects import checked_masks
@@ -69,15 +71,14 @@ class Annotations:
             InputError: not one an image, no numbers, labels that are no whole ones, or masks of several sizes or other
                 values than 1, 0 and -1.
         """
-        given: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes}
-        for name, value in given.items():
+        for name, value in (("labels", labels), ("masks", masks), ("boxes", boxes)):
             if value is None:
                 continue
             try:
                 count = len(value)
             except TypeError as error:
-                found = f"found {value!r} as {name} of {images} images"
-                raise InputError(f"{found}, expected a list of one an image") from error
+                message = f"found {value!r} as {name} of {images} images, expected a list of one an image"
+                raise InputError(message) from error
             if count != images:
                 raise InputError(f"found {count} {name} for {images} images, expected one an image")
         return cls(
@@ -165,7 +166,10 @@ def metric_batches(
 
 def subject_of(model: nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str) -> Subject:
     """The subject of a model, of what `load_model` returned, or of a name that it takes."""
-    return Subject.of(model)
+    if isinstance(model, str):
+        model = load_model(model)
+    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(model)
+    return Subject.of(known) if isinstance(known, nn.Module | ModelAdapter | Subject) else known.subject
 
 
 def explaining(method: Method, subject: Subject, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
