@@ -154,6 +154,20 @@ class TestDivergence:
         assert other.grad.isfinite().all()
         assert divergence(constraint, certain, certain, torch.tensor([0])).item() == 0.0
 
+    @pytest.mark.parametrize("constraint", ["distribution", "class", "evidence"])
+    def test_classes_that_the_model_rules_out_take_no_part(self, constraint: Any) -> None:
+        gone = torch.tensor([False, True, False])
+        masked = self.masked.clone().requires_grad_(True)
+        classes = torch.zeros(len(masked), dtype=torch.long)
+        found, nearly = (
+            divergence(constraint, self.whole.masked_fill(gone, low), masked.masked_fill(gone, low), classes)
+            for low in (-torch.inf, -1e4)
+        )
+        torch.testing.assert_close(found, nearly)
+        found.sum().backward()
+        assert masked.grad is not None
+        assert masked.grad.isfinite().all()
+
 
 @pytest.fixture(scope="module")
 def golden(goldens: Path) -> Any:

@@ -254,6 +254,33 @@ def test_the_teacher_learns_only_where_it_is_not_detached(detached: bool) -> Non
     assert (teacher.grad is None) is detached
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_classes_that_the_model_rules_out_take_no_part(detached: bool) -> None:
+    student, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    gone = torch.tensor([False, True, False, False, False])
+    loss = simulation_loss(student, teacher.masked_fill(gone, -torch.inf), detach_teacher=detached)
+    nearly = simulation_loss(student, teacher.masked_fill(gone, -1e4), detach_teacher=detached)
+    torch.testing.assert_close(loss, nearly)
+    loss.backward()
+    for each in (student,) if detached else (student, teacher):
+        assert each.grad is not None
+        assert each.grad.isfinite().all()
+
+
+def test_patches_that_receive_nothing_give_finite_gradients() -> None:
+    # a mask can hide a patch from all others
+    model = torch.tensor([[0.0, 0.5, 1.5], [0.4, 0.6, 1.0]], requires_grad=True)
+    interpreter = torch.tensor([[0.2, 0.3, 0.5]]).expand(2, 3)
+    found = attention_regulariser("kl", model, interpreter)
+    share = torch.tensor([0.25, 0.75])
+    first = (share * (share / interpreter[0, 1:]).log()).sum()
+    share = torch.tensor([0.2, 0.3, 0.5])
+    assert found.item() == pytest.approx((first + (share * (share / interpreter[0]).log()).sum()).item() / 2, abs=1e-6)
+    found.backward()
+    assert model.grad is not None
+    assert model.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("reg", ["kl", "mmd"])
 def test_regularisers_vanish_for_the_same_attention_alone(reg: Any) -> None:
     rows = received()

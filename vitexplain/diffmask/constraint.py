@@ -26,7 +26,7 @@ def divergence(constraint: Constraint, whole: Tensor, masked: Tensor, classes: T
         classes: c (B,), for the last two.
     """
     with torch.autocast(whole.device.type, enabled=False):
-        whole, masked = (F.log_softmax(_wide(each), dim=1) for each in (whole, masked))
+        whole, masked = (_log_probabilities(_wide(each)) for each in (whole, masked))
         if constraint == "distribution":
             return F.kl_div(masked, whole, reduction="none", log_target=True).sum(1)
         if classes is None:
@@ -35,6 +35,12 @@ def divergence(constraint: Constraint, whole: Tensor, masked: Tensor, classes: T
         if constraint == "class":
             return F.kl_div(theirs, ours, reduction="none", log_target=True).sum(1)
         return (ours[:, 0] - theirs[:, 0]).clamp(min=0)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Finite: a class that the model rules out, by a logit of -inf, takes no part, in place of making all NaN."""
+    found = F.log_softmax(logits, dim=1)
+    return found.clamp(min=torch.finfo(found.dtype).min)
 
 
 def _wide(logits: Tensor) -> Tensor:

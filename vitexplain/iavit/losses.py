@@ -32,10 +32,14 @@ def simulation_loss(
         detach_teacher: only the student learns. The published code pulls the model towards the interpreter, too.
     """
     target = (teacher.detach() if detach_teacher else teacher) / temperature
-    divergence = F.kl_div(
-        (student / temperature).log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
-    )
-    return temperature**2 * divergence
+    said, wanted = (_log_probabilities(each) for each in (student / temperature, target))
+    return temperature**2 * F.kl_div(said, wanted, reduction="batchmean", log_target=True)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Finite: a class that the model rules out, by a logit of -inf, takes no part, in place of making all NaN."""
+    found = logits.log_softmax(-1)
+    return found.clamp(min=torch.finfo(found.dtype).min)
 
 
 def attention_regulariser(reg: Regulariser, model: Tensor, interpreter: Tensor) -> Tensor:
@@ -59,8 +63,8 @@ def attention_regulariser(reg: Regulariser, model: Tensor, interpreter: Tensor) 
 def paired_divergence(model: Tensor, interpreter: Tensor) -> Tensor:
     """``kl``: Σ_p ē_p ln(ē_p / i_p), mean over the images (): each image's maps are held together, 0 where equal."""
     target = distribution(model)
-    floor = torch.finfo(interpreter.dtype).tiny
-    return (torch.xlogy(target, target) - target * interpreter.clamp(min=floor).log()).sum(1).mean()
+    floor = torch.finfo(interpreter.dtype).tiny  # where nothing is received, the logarithm has no gradient
+    return (target * (target.clamp(min=floor).log() - interpreter.clamp(min=floor).log())).sum(1).mean()
 
 
 def discrepancy(model: Tensor, interpreter: Tensor) -> Tensor:
