@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitexplain import list_methods, method_info
+from vitexplain import get_explainer, list_methods, method_info, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +50,20 @@ def test_pictures_and_links_exist() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name} points to {link}"
+
+
+@pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
+def test_the_method_of_the_page_on_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from families import make_images, make_model
+
+    list_methods()
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    exec(block, {"__name__": __name__})
+    model, images = make_model("cls"), make_images("cls")
+    found = get_explainer("attended", model)(images, torch.tensor([[1, 2], [1, 2]]))
+    assert found.scores.amin() >= 0
+    assert not torch.equal(found.scores[:, 0], found.scores[:, 1])
 
 
 @pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
