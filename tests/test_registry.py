@@ -161,6 +161,11 @@ def test_a_class_of_the_same_name_from_elsewhere_replaces_nothing() -> None:
     assert method_info("saliency").method is before
 
 
+def test_large_limits_are_said_to_the_last_digit() -> None:
+    with pytest.raises(OptionError, match=r"expected a whole number >= 0 and <= 4294967295$"):
+        create_method("rise", seed=2**32)
+
+
 @pytest.mark.usefixtures("_clean_registry")
 def test_what_is_declared_wrongly_is_said() -> None:
     with pytest.raises(OptionError, match=r"no_method: found .*NoMethod, expected a class derived from"):
