@@ -66,6 +66,22 @@ def test_attention_equals_eager_and_gradients_equal_autograd(model: nn.Module, i
         torch.testing.assert_close(block.attention_gradient(), expected_gradient, rtol=1e-4, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("options", [{"init_values": 0.5}, {"block_fn": ResPostBlock}], ids=["pre-norm", "post-norm"])
+def test_differential_attention_in_blocks_of_the_usual_kind_is_one_attention(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = with_own_weights(VisionTransformer(img_size=SIZE, **DIMENSIONS, attn_layer="diff", **options))
+    model = model.double().eval()
+    images = make_images("cls").double()  # norms behind differences magnify rounding
+    attention, gradients = eager(model, images, 3)
+    with Capture(model, Needs(attention_gradient=True)) as capture:
+        capture.backward(capture.forward(images)[:, 3].sum())
+    for block, expected, gradient in zip(capture.blocks, attention, gradients, strict=True):
+        torch.testing.assert_close(block.attention(), expected)
+        torch.testing.assert_close(block.attention_gradient(), gradient, rtol=1e-4, atol=1e-7)
+    with pytest.raises(UnsupportedModelError, match="transformation='residual'"):  # each head is normed
+        get_explainer("tokentm", model)(images, 3)
+
+
 @pytest.mark.exact_states
 def test_states_are_those_of_the_model(model: nn.Module, images: Tensor) -> None:
     expected: list[dict[str, Tensor]] = [{} for _ in model.blocks]
