@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import all_families, make_images, make_model
-from timm.models.vision_transformer import VisionTransformer
+from families import DIMENSIONS, SIZE, all_families, make_images, make_model, with_own_weights
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vitexplain import Capture, CaptureError, InputError, Needs, UnsupportedModelError, adapt, get_explainer
