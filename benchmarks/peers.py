@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -112,7 +112,7 @@ def measure_place(
     place: dict[str, Any] = {"model": name, "size": size, "batch": batch, "threads": options.threads, "facts": facts}
 
     def add(kind: type[_Cell], where: dict[str, Any], measured: Iterable[_Cell]) -> None:
-        for each in (*left_out(kind, where, pairs, reasons), *measured):
+        for each in chain(left_out(kind, where, pairs, reasons), measured):
             with _WRITING:
                 add_cells(kind, [each], options.output, list(PAIRS))
 

@@ -322,6 +322,21 @@ def test_a_share_of_memory_is_a_share(tmp_path: Path, share: str, capsys: pytest
 
 
 @pytest.mark.usefixtures("here")
+def test_cells_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*task: object) -> dict[str, Any]:
+        if task[0] == "layer_gradcam":
+            raise KeyboardInterrupt
+        return {"rounds": 1}
+
+    monkeypatch.setattr(stopped, "__module__", peer_times.__name__)
+    stopped.__name__ = "measure_here"
+    monkeypatch.setattr(peer_times, "measure_here", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path, "--batches", "1", "--only", "naive_rollout,layer_gradcam")
+    assert [cell.pair for cell in peer_cells.read_cells(TimeCell, tmp_path)] == ["naive_rollout"]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_place_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object) -> Subject:
         raise MemoryError
