@@ -133,7 +133,7 @@ def test_what_is_no_model_or_no_name_is_said() -> None:
         with pytest.raises(UnsupportedModelError, match=r"found .*, expected a torch\.nn\.Module"):
             compare([given], make_images("cls"), ["rollout"])  # type: ignore[list-item]
     with pytest.raises(UnknownNameError, match="found a VisionTransformer, expected the name of a method"):
-        get_explainer(make_model("cls"), "rollout")  # type: ignore[arg-type]
+        create_method(make_model("cls"))  # type: ignore[arg-type]
 
 
 def test_overlays_take_pictures_as_a_list(subject: Subject, picture: Image.Image) -> None:

@@ -52,7 +52,8 @@ def test_a_model_may_be_converted_or_moved_after_it_was_adapted() -> None:
     with torch.no_grad():
         torch.testing.assert_close(found, adapt(model).logits(images), rtol=1e-12, atol=1e-12)
     model.to("meta")
-    assert adapter.check_images(images).is_meta
+    with pytest.raises(UnsupportedModelError, match="on the meta device"):
+        adapter.check_images(images)
 
 
 def test_a_model_that_does_not_say_its_patch_size_is_refused() -> None:
