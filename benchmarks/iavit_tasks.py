@@ -14,12 +14,13 @@ from torch import nn
 from vitexplain.data import load_examples, open_dataset
 from vitexplain.data.example import Example
 from vitexplain.data.stripes import CLASSES, SIZE, stripes_examples
-from vitexplain.explainer import Explainer, Subject
+from vitexplain.explainer import Explainer
 from vitexplain.iavit import load_iavit
 from vitexplain.models import adapt
 from vitexplain.models.embedded import build_model, load_scenes_model
 from vitexplain.preprocessing import Preprocessing
 from vitexplain.registry import create_method
+from vitexplain.subject import Subject
 from vitexplain.training.iavit import IAViTSettings, train_iavit, train_interpreter
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitexplain import explainer
+from vitexplain import subject as explained
 from vitexplain.metrics.predictor import Predictor
 
 from .measuring import FORWARD, FORWARD_BACKWARD, forward, forward_backward, load_vit, random_images
@@ -87,7 +87,7 @@ def picture_files(data: Path) -> list[Path]:
 
 
 def _pictures(model: nn.Module, files: list[Path], batch: int, size: int) -> Tensor:
-    prepared = explainer.Subject.of(model).prepare([files[index % len(files)] for index in range(batch)])
+    prepared = explained.Subject.of(model).prepare([files[index % len(files)] for index in range(batch)])
     return F.interpolate(prepared, (size, size), mode="bicubic", antialias=True)
 
 

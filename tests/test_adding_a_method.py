@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import vitexplain
 from vitexplain import OptionError, create_method, explain_with, get_explainer, list_methods, method_info, registry
-from vitexplain.explainer import Subject
+from vitexplain.subject import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 

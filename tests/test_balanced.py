@@ -31,8 +31,8 @@ from vitexplain import (
     method_info,
 )
 from vitexplain.balanced import BALANCED
-from vitexplain.explainer import Subject
 from vitexplain.short_last_block import ShortLastBlock
+from vitexplain.subject import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 

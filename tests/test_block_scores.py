@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitexplain import Capture, Needs, explain_with, get_explainer
 from vitexplain.balanced import BALANCED
 from vitexplain.block_scores import RECORDED, score_blocks
-from vitexplain.explainer import Subject
 from vitexplain.modified_backward import BackwardRules
 from vitexplain.registry import create_method
+from vitexplain.subject import Subject
 
 
 class Mixing(nn.Module):

@@ -24,8 +24,8 @@ from vitexplain import (
     list_methods,
     method_info,
 )
-from vitexplain.explainer import Subject
 from vitexplain.short_last_block import ShortLastBlock
+from vitexplain.subject import Subject
 
 # tiny random models have targets that no patch supports; that is said, and not what is tested here
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")

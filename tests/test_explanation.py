@@ -24,8 +24,8 @@ from vitexplain import (
     explain_with,
     get_explainer,
 )
-from vitexplain.explainer import Subject
 from vitexplain.preprocessing import Preprocessing
+from vitexplain.subject import Subject
 
 PREPROCESSING = Preprocessing(size=(32, 48), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_fraction=1.0)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from vitexplain import CaptureError, Needs, create_method, explain_with, get_explainer, method_info, recording
 from vitexplain.attention import AttentionOperands
 from vitexplain.capture import Capture
-from vitexplain.explainer import Subject
 from vitexplain.fused_gradient import FusedGradient, GradientFusion
 from vitexplain.models.timm_family import TimmAdapter
+from vitexplain.subject import Subject
 
 FUSED = Needs(attention_gradient=True, fused_gradient="positive")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vitexplain import Capture, CaptureError, Needs, create_method, explain_with, get_explainer
 from vitexplain.attention import AttentionOperands
-from vitexplain.explainer import Subject
 from vitexplain.fusion import FUSE, FusedAttention, Fusion, attend, discard_lowest, fuses_well
+from vitexplain.subject import Subject
 
 
 def operands(heads: int = 3, tokens: int = 7, width: int = 4, **options: Any) -> AttentionOperands:

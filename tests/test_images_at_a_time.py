@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from vitexplain import InputError, TargetError, batch_parts, create_method, explain_with, get_explainer, list_methods
 from vitexplain.batch_parts import CPU_PIXELS, even_part
 from vitexplain.benchmarks.measuring import random_images, random_vit
-from vitexplain.explainer import Subject
 from vitexplain.metrics.predictor import Predictor
 from vitexplain.models.adapter import ModelAdapter
 from vitexplain.models.black_box import BlackBoxAdapter
 from vitexplain.shared_capture import _images_at_a_time
+from vitexplain.subject import Subject
 
 SIZE = 32
 

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from vitexplain import create_method, explain_with
 from vitexplain.capture import Capture
-from vitexplain.explainer import Subject
 from vitexplain.linear_products import KnownProducts, LinearProducts
 from vitexplain.needs import Needs
 from vitexplain.relevance import RelevanceRules
+from vitexplain.subject import Subject
 
 PLAIN = Needs(attention_gradient=True, states=frozenset({"out"}))
 RELEVANT = Needs(attention_gradient=True, backward=RelevanceRules())

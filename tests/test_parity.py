@@ -14,7 +14,7 @@ from lighter import LIGHTER
 from torch import Tensor, nn
 
 from vitexplain import create_method, explain_with, get_explainer, list_methods
-from vitexplain.explainer import Subject
+from vitexplain.subject import Subject
 
 pytestmark = pytest.mark.parity
 

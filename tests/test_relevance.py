@@ -24,9 +24,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitexplain import Capture, Needs, UnsupportedModelError, create_method, explain_with, get_explainer
-from vitexplain.explainer import Subject
 from vitexplain.patch_pixels import gather_by_patch
 from vitexplain.relevance import RelevanceRules
+from vitexplain.subject import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitexplain.ExplanationWarning")
 

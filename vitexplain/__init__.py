@@ -29,7 +29,7 @@ from .errors import (
     UnsupportedModelError,
     VitExplainError,
 )
-from .explainer import Explainer, Subject, explain_with
+from .explainer import Explainer, explain_with
 from .explanation import Explanation
 from .export import export_heatmaps, open_export
 from .method import AttentionMethod, Method, ProductMethod, ResidualMethod
@@ -38,6 +38,7 @@ from .needs import Needs
 from .options import option
 from .record import BlockRecord
 from .registry import MethodInfo, create_method, list_methods, method_info, register_method
+from .subject import Subject
 
 _checkout.link_neighbours()
 

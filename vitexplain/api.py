@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from .automatic import NAME, automatic
 from .errors import UnknownNameError
-from .explainer import Explainer, Subject
-from .models.adapter import ModelAdapter
+from .explainer import Explainer
 from .registry import create_method, squash
+from .subject import Subject
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
     from .models.loading import LoadedModel
+    from .subject import Model
 
 
-def get_explainer(
-    name: str, model: nn.Module | ExportedProgram | ModelAdapter | LoadedModel | Subject | str, **options: Any
-) -> Explainer:
+def get_explainer(name: str, model: Model, **options: Any) -> Explainer:
     """An explainer: one method, with its options, on one model.
 
     ::

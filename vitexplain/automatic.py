@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .errors import UnsupportedModelError
-from .explainer import Explainer, Subject
+from .explainer import Explainer
 from .method import Method
 from .registry import create_method
+from .subject import Subject
 
 NAME = "auto"
 """Stands for `automatic` where a model is known; elsewhere it is another name of `contributions`."""

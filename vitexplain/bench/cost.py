@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..explainer import Subject
 from ..method import Method
 from ..metrics.batches import explain_quietly
 from ..metrics.predictor import Predictor
+from ..subject import Subject
 
 MOST_IMAGES = 8
 """Images in the batch that is timed."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..errors import CaptureError, UnsupportedModelError
-from ..explainer import Subject
 from ..needs import Needs
 from ..patch_pixels import scaled_extent
+from ..subject import Subject
 
 _LEVELS = 255
 

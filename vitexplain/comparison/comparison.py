@@ -19,9 +19,9 @@ from ..errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..explainer import Subject
     from ..explanation import Explanation
     from ..method import Method
+    from ..subject import Subject
     from .faithfulness import Faithfulness
     from .table import ComparisonTable
 

@@ -14,23 +14,20 @@ from torch import Tensor, nn
 
 from ..api import load_model
 from ..errors import ExplanationWarning, OptionError, TargetError, UnsupportedModelError
-from ..explainer import Subject, explain_with
+from ..explainer import explain_with
 from ..files import as_text
 from ..method import Method
 from ..models.adapter import ModelAdapter
 from ..models.labels import class_index
 from ..registry import create_method
+from ..subject import Subject
 from ..targets import ScoreFunction, Target
 from .comparison import Comparison
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
-    from ..explainer import Images
     from ..explanation import Explanation
-    from ..models.loading import LoadedModel
+    from ..subject import Images, Model
 
-    Model: TypeAlias = "nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str"
     Class: TypeAlias = "int | str"
     Classes: TypeAlias = "Class | Sequence[Class] | Sequence[Sequence[Class]] | Tensor | np.ndarray"
     Targets: TypeAlias = "Classes | tuple[Classes, Classes] | ScoreFunction | None"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..explainer import Explainer, Subject
+from ..explainer import Explainer
 from ..files import save_json
 from ..models import adapt
 from ..models.adapter import ModelAdapter
@@ -27,6 +27,7 @@ from ..models.saved_form import saved_form
 from ..models.weights import load_strictly, read_state
 from ..preprocessing import Preprocessing
 from ..registry import create_method
+from ..subject import Subject
 from .interpreter import Interpreter, InterpreterShape
 
 FORMAT = 1

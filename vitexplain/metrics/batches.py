@@ -9,25 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..api import load_model
 from ..errors import ExplanationWarning, InputError, OptionError, TargetError
-from ..explainer import Subject, explain_with
+from ..explainer import explain_with
 from ..explanation import Explanation
 from ..method import Method
-from ..models.adapter import ModelAdapter
-from ..models.graphs import opened
+from ..subject import Subject
 from ..targets import Target, check_length, select_target
 from .metric import MetricBatch
 from .objects import checked_masks
 from .predictor import Predictor
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
-    from ..explainer import Images
-    from ..models.loading import LoadedModel
+    from ..subject import Images
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +157,6 @@ def metric_batches(
                     **annotations,
                 ),
             )
-
-
-def subject_of(model: nn.Module | ExportedProgram | ModelAdapter | Subject | LoadedModel | str) -> Subject:
-    """The subject of a model, of what `load_model` returned, or of a name that it takes."""
-    if isinstance(model, str):
-        model = load_model(model)
-    known: nn.Module | ModelAdapter | LoadedModel | Subject = opened(model)
-    return Subject.of(known) if isinstance(known, nn.Module | ModelAdapter | Subject) else known.subject
 
 
 def explaining(method: Method, subject: Subject, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..api import get_explainer
 from ..errors import InputError, UnknownNameError
-from ..explainer import Explainer, Subject
+from ..explainer import Explainer
 from ..models.adapter import ModelAdapter
 from ..options import Configurable
+from ..subject import Subject
 from ..targets import Target
-from .batches import metric_batches, subject_of
+from .batches import metric_batches
 from .catalogue import create_metric
 from .metric import Metric
 from .ranking import Comparison, compare_rows
@@ -25,8 +26,8 @@ from .statistics import Estimate, check_resampling, estimates
 from .tally import Rows, Summary, Tally, summarise
 
 if TYPE_CHECKING:
-    from ..explainer import Images
     from ..models.loading import LoadedModel
+    from ..subject import Images
 
 _Thing = TypeVar("_Thing")
 
@@ -184,7 +185,7 @@ def evaluate(
             is to be.
     """
     check_resampling(confidence, resamples)  # not only when all is measured
-    chosen = _explainers(explainers, None if model is None else subject_of(model))
+    chosen = _explainers(explainers, None if model is None else Subject.of(model))
     listed = [metrics] if isinstance(metrics, Metric | str) else metrics
     configured = [create_metric(each) if isinstance(each, str) else each for each in listed]
     by_label = _labelled("metric", [label_of(each) for each in configured], configured)

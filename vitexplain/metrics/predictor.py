@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..batch_parts import even_part, images_that_pay
 from ..borrowing import borrowed, callers_autocast
 from ..errors import InputError
-from ..explainer import Subject
 from ..models.adapter import ModelAdapter
 from ..preprocessing import Preprocessing
 from ..short_last_block import plain_logits
+from ..subject import Subject
 from .compiled import compiled_logits
 
 CPU_BATCH = 8

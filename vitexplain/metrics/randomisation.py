@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from ..borrowing import borrowed
 from ..errors import OptionError, UnsupportedModelError, is_out_of_memory
-from ..explainer import Subject
 from ..method import Method
 from ..models import adapt
 from ..models.adapter import ModelAdapter
 from ..models.unknown import UnknownModelAdapter
 from ..randomness import DRAWN
 from ..registry import create_method
+from ..subject import Subject
 from ..targets import Target
-from .batches import explain_quietly, one_class, subject_of
+from .batches import explain_quietly, one_class
 from .correlation import spearman
 from .statistics import Estimate, Sample, estimate_figures
 
 if TYPE_CHECKING:
-    from ..explainer import Images
     from ..models.loading import LoadedModel
+    from ..subject import Images
 
 Order = Literal["cascading", "independent"]
 
@@ -138,7 +138,7 @@ def randomisation_checks(
     if order not in get_args(Order):
         raise OptionError(f"found order={order!r}, expected {' or '.join(map(repr, get_args(Order)))}")
     configured = [create_method(each) if isinstance(each, str) else each for each in methods]
-    subject = subject_of(model)
+    subject = Subject.of(model)
     inputs = subject.prepare(images)
     copy = Subject(_copied(subject.adapter, (inputs.shape[-2], inputs.shape[-1])))
     there = _stages(copy.adapter, inputs[:1])

@@ -23,8 +23,8 @@ from ..errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from ..explainer import Subject
 from ..preprocessing import Preprocessing
+from ..subject import Subject
 from . import adapt
 from .fingerprint import weights_digest
 from .hub import fetch_pretrained

@@ -126,12 +126,12 @@ def _new_model(arguments: dict[str, Any], device: str, seed: int) -> tuple[Loade
     """A Vision Transformer with the random weights that a seed decides, and its arguments."""
     import torch
 
-    from ..explainer import Subject
     from ..models import adapt
     from ..models.embedded import build_model
     from ..models.loading import LoadedModel
     from ..preprocessing import Preprocessing
     from ..randomness import begin_at
+    from ..subject import Subject
 
     if arguments["embed_layer"] == "linear":
         del arguments["embed_layer"]

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..data.batches import ExampleBatch, load_examples
 from ..data.example import Example
 from ..errors import InputError
-from ..explainer import Explainer, Subject
+from ..explainer import Explainer
 from ..metrics import MetricBatch, Tally, create_metric
 from ..models import adapt
 from ..models.adapter import ModelAdapter
 from ..preprocessing import Preprocessing
 from ..registry import create_method
+from ..subject import Subject
 
 _FEW = 3  # of many names, how many an error lists
 

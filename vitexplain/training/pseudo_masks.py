@@ -21,7 +21,7 @@ from ..attention import AttentionOperands
 from ..capture import Capture
 from ..data.example import Example
 from ..errors import InputError, UnsupportedModelError
-from ..explainer import Explainer, Subject
+from ..explainer import Explainer
 from ..images import load_image
 from ..models import adapt
 from ..models.adapter import ModelAdapter
@@ -29,6 +29,7 @@ from ..needs import Needs
 from ..patch_pixels import Extent, at_pixels, scaled_extent
 from ..preprocessing import Preprocessing
 from ..registry import create_method
+from ..subject import Subject
 
 SPECTRAL_CUT = "spectral_cut"
 """The source that cuts the graph of last-block keys in two; every other source is the name of a method."""
