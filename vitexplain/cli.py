@@ -144,6 +144,9 @@ def explain(
         float | None,
         typer.Option(metavar="SHARE", help="Draw boxes around what is hotter than this share of the map's highest."),
     ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Draw over whole photographs, dimmed where the model did not look.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …")] = "cpu",
     size: Annotated[
@@ -210,6 +213,7 @@ def explain(
         output,
         batch_size=batch_size,
         box_threshold=boxes,
+        whole=whole,
         on_failure=say_error,
     )
     typer.echo(f"{done} of {len(files)} images explained. Results: {output.resolve()}")

@@ -19,6 +19,7 @@ from .errors import ExplanationWarning, ExportError, InputError, OptionError
 from .explainer import explain_with
 from .explanation import Explanation
 from .files import distinct_names, make_folder, save_json, save_scores
+from .images import load_image
 from .method import Method
 from .models.loading import LoadedModel
 from .own_pictures import is_record
@@ -36,6 +37,7 @@ def explain_to_folder(
     *,
     batch_size: int = 8,
     box_threshold: float | None = None,
+    whole: bool = False,
     on_failure: Callable[[InputError], object] | None = None,
 ) -> tuple[int, list[InputError]]:
     """Explains image files and writes ``NAME-METHOD-CLASS.png`` and ``.npy`` for each map, and ``NAME.json``.
@@ -52,6 +54,7 @@ def explain_to_folder(
         batch_size: images at a time.
         box_threshold: draws boxes around what is hotter than this share of each map's highest heat, and records them;
             None draws none.
+        whole: draws over the whole photographs, as `Explanation.overlay_on`, and not over what the model saw of them.
         on_failure: called with each error as it happens.
 
     Returns:
@@ -65,9 +68,15 @@ def explain_to_folder(
     if not methods or batch_size < 1:
         raise OptionError(f"found {len(methods)} methods and batch_size={batch_size}, expected at least 1 of each")
     about = {"model": model.identity(), "versions": _versions()}
-    writer = _Writer(make_folder(output), files, methods, about, box_threshold)
+    writer = _Writer(make_folder(output), files, methods, about, box_threshold, whole)
     targets = list(dict.fromkeys(targets))
     failures: list[InputError] = []
+
+    def fail(error: InputError) -> None:
+        failures.append(error)
+        if on_failure is not None:
+            on_failure(error)
+
     with tqdm(total=len(files), unit="image", disable=None) as progress:
         for start in range(0, len(files), batch_size):
             readable: list[tuple[int, Path]] = []
@@ -78,15 +87,16 @@ def explain_to_folder(
                     inputs.append(model.preprocessing(file))
                     readable.append((position, file))
                 except InputError as error:
-                    failures.append(error)
+                    fail(error)
                     progress.update()
-                    if on_failure is not None:
-                        on_failure(error)
             if not readable:
                 continue
             explanations = _explain(methods, model, torch.stack(inputs), targets, [file for _, file in readable])
             for index, (position, file) in enumerate(readable):
-                writer.write(position, file, [each[index] for each in explanations])
+                try:
+                    writer.write(position, file, [each[index] for each in explanations])
+                except InputError as error:  # a whole photograph is read again, and may be gone
+                    fail(error)
                 progress.update()
     return len(files) - len(failures), failures
 
@@ -122,6 +132,7 @@ class _Writer:
         methods: in the order of the explanations.
         about: what every record says.
         box_threshold: where boxes are drawn, if anywhere.
+        whole: whether to draw over whole photographs.
 
     Raises:
         ExportError: a record would replace a JSON file that is none.
@@ -134,6 +145,7 @@ class _Writer:
         methods: Sequence[Method],
         about: dict[str, Any],
         box_threshold: float | None,
+        whole: bool,
     ) -> None:
         self.output = output
         self.names = distinct_names([file.stem for file in files])
@@ -141,7 +153,7 @@ class _Writer:
         self.methods = methods
         self.method_names = distinct_names([method.info.name for method in methods])
         self.about = about
-        self.box_threshold = box_threshold
+        self.box_threshold, self.whole = box_threshold, whole
         for record in (output / f"{name}.json" for name in self.names):
             if record.exists() and not is_record(record):
                 raise ExportError(
@@ -152,7 +164,7 @@ class _Writer:
     def write(self, position: int, file: Path, explanations: Sequence[Explanation]) -> None:
         """Writes maps and record of one image; each explanation is a batch of one."""
         name, first = self.names[position], explanations[0]
-        picture = first.pictures()
+        picture = load_image(file) if self.whole else first.pictures()
         maps = [
             record
             for method, method_name, explanation in zip(self.methods, self.method_names, explanations, strict=True)
@@ -172,7 +184,10 @@ class _Writer:
     def _maps(self, stem: str, method: Method, explanation: Explanation, picture: Any) -> list[dict[str, Any]]:
         if explanation.targets is None:
             raise OptionError("found a target that is a function, expected classes: files are named by class")
-        overlays = explanation.overlay(picture, box_threshold=self.box_threshold)
+        if self.whole:
+            overlays = explanation.overlay_on([picture], box_threshold=self.box_threshold)[0]
+        else:
+            overlays = explanation.overlay(picture, box_threshold=self.box_threshold)
         grid, size = explanation.scores.shape[-2:], overlays.shape[-3:]
         figures = {
             "class": explanation.targets,

@@ -19,6 +19,7 @@ from .patch_pixels import Extent, scaled_extent
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .images import ImageSource
     from .preprocessing import Preprocessing
 
 _BAR = 208  # logical pixels, a little less than a picture of a panel
@@ -198,6 +199,35 @@ class Explanation:
                 drawn = draw_boxes(drawn, heatmap_to_boxes(render.evidence(maps, self.signed), box_threshold))
             overlays.append(drawn)
         return overlays[0] if heatmaps.ndim == 3 else np.stack(overlays, axis=1)
+
+    def overlay_on(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        boxes: Sequence[Tensor | np.ndarray] | None = None,
+        box_threshold: float | None = None,
+        **style: Any,
+    ) -> list[np.ndarray]:
+        """Heatmaps over the whole photographs, dimmed where the crop left them out: the model did not see that.
+
+        Args:
+            images: the B images that were explained, or one: files, PIL images or whatever else
+                `vitexplain.images.load_image` reads. They may differ in size.
+            boxes: annotated boxes of each image, B of (n, 4) x0, y0, x1, y1 in pixels of the photographs.
+            box_threshold: as for `overlay`.
+            **style: as for `overlay`.
+
+        Returns:
+            B arrays uint8 (H, W, 3) of the photographs' own sizes, or (K, H, W, 3) for K targets.
+
+        Raises:
+            InputError: how photographs became the model's input is not known, one cannot be read, or numbers do not
+                fit.
+            OptionError: as for `overlay`.
+        """
+        from .whole_pictures import overlays_on
+
+        return list(overlays_on(self, images, boxes=boxes, box_threshold=box_threshold, **style))
 
     def panel(
         self, pictures: np.ndarray | Sequence[np.ndarray | Image] | None = None, *, scale: float = 1, **style: Any

@@ -34,6 +34,16 @@ class Placement:
         top, left = (_middle(side, kept) for side, kept in zip(resized, size, strict=True))
         return cls(source, resized, (top, left), size)
 
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom and right of the crop in pixels of the picture, to whole ones; beyond it where padded."""
+        scales = [side / new for side, new in zip(self.source, self.resized, strict=True)]
+        top, left = (round(edge * scale) for edge, scale in zip(self.corner, scales, strict=True))
+        bottom, right = (
+            round((edge + kept) * scale) for edge, kept, scale in zip(self.corner, self.size, scales, strict=True)
+        )
+        return top, left, max(bottom, top + 1), max(right, left + 1)
+
     def pixels(
         self, picture: Image.Image, resampling: Image.Resampling, fill: int | tuple[int, int, int]
     ) -> Image.Image:

@@ -155,7 +155,7 @@ class Preprocessing:
         picture = load_image(image, max_pixels=None if in_memory else MAX_PIXELS)
         black_or_mean = self.mean if self.crop_mode == "border" else (0.0, 0.0, 0.0)
         red, green, blue = (round(255 * value) for value in black_or_mean)
-        placement = self._placement((picture.height, picture.width))
+        placement = self.placement((picture.height, picture.width))
         return placement.pixels(picture, INTERPOLATIONS[self.interpolation], (red, green, blue))
 
     def view_mask(self, mask: npt.NDArray[np.integer | np.bool_]) -> npt.NDArray[np.int8]:
@@ -172,7 +172,7 @@ class Preprocessing:
         """
         if mask.ndim != 2 or not mask.size:
             raise InputError(f"found a mask of shape {mask.shape}, expected (H, W) with at least one pixel.")
-        return self._placement((mask.shape[0], mask.shape[1])).mask(mask)
+        return self.placement((mask.shape[0], mask.shape[1])).mask(mask)
 
     def view_boxes(self, boxes: npt.ArrayLike, picture_size: tuple[int, int]) -> npt.NDArray[np.float64]:
         """Returns what the model sees of boxes.
@@ -191,7 +191,7 @@ class Preprocessing:
         """
         if len(picture_size) != 2 or min(picture_size) < 1:
             raise InputError(f"found a picture of size {picture_size}, expected height and width of at least 1.")
-        return self._placement(picture_size).boxes(boxes)
+        return self.placement(picture_size).boxes(boxes)
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Prepares one picture or a list of them for the model.
@@ -231,9 +231,9 @@ class Preprocessing:
         picture: npt.NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return picture
 
-    def _placement(self, source: tuple[int, int]) -> Placement:
-        """Where a picture of this height and width comes to lie."""
-        height, width = source
+    def placement(self, picture_size: tuple[int, int]) -> Placement:
+        """Where an upright picture of this height and width comes to lie in the input."""
+        height, width = picture_size
         scaled_height, scaled_width = (math.floor(side / self.crop_fraction) for side in self.size)
         if self.crop_mode == "squash":
             resized = scaled_height, scaled_width
@@ -245,7 +245,7 @@ class Preprocessing:
             ratios = height / scaled_height, width / scaled_width
             ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
             resized = max(1, round(height / ratio)), max(1, round(width / ratio))
-        return Placement.centred(source, resized, self.size)
+        return Placement.centred(picture_size, resized, self.size)
 
     def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         # in NumPy, since each thread that reads pictures would bring up torch's threads against those of the model
