@@ -238,7 +238,7 @@ class TestExplain:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        monkeypatch.setattr("vitexplain.models.hub._is_cached", lambda _: False)
+        monkeypatch.setattr("vitexplain.models.hub.is_cached", lambda _: False)
         result = run("explain", folder / "a.png", "--model", "timm:test_vit", "--output", tmp_path)
         refusal(result, "could not be fetched .HF_HUB_OFFLINE is set", r"scenes.*--checkpoint")
 
@@ -246,8 +246,8 @@ class TestExplain:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         create = timm.create_model
-        monkeypatch.setattr("vitexplain.models.hub._is_cached", lambda _: False)
-        monkeypatch.setattr("vitexplain.models.hub._offline_cause", lambda: "")
+        monkeypatch.setattr("vitexplain.models.hub.is_cached", lambda _: False)
+        monkeypatch.setattr("vitexplain.models.hub.offline_cause", lambda: "")
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
         result = run("explain", folder / "a.png", "--model", "timm:test_vit", "--target", 3, "--output", tmp_path)
         assert result.exit_code == 0, result.output

@@ -431,7 +431,7 @@ class TestNames:
 class TestHub:
     def test_offline_is_said_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(hub, "_is_cached", lambda _: False)
+        monkeypatch.setattr(hub, "is_cached", lambda _: False)
         monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("touched the network"))
         with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set.*scenes.*--checkpoint"):
             load_model(NAME)
@@ -441,7 +441,7 @@ class TestHub:
             monkeypatch.delenv(variable)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-        monkeypatch.setattr(hub, "_is_cached", lambda _: False)
+        monkeypatch.setattr(hub, "is_cached", lambda _: False)
         started = time.monotonic()
         with pytest.raises(CheckpointError, match=r"no connection to 127\.0\.0\.1: .*HF_HUB_OFFLINE=1"):
             load_model(NAME)
@@ -451,7 +451,7 @@ class TestHub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
         monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("went past the proxy"))
-        assert hub._offline_cause() == ""
+        assert hub.offline_cause() == ""
 
     def test_the_clients_noise_is_kept_back_and_the_logger_restored(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -462,8 +462,8 @@ class TestHub:
 
         logger = logging.getLogger("huggingface_hub")
         level = logger.level
-        monkeypatch.setattr(hub, "_is_cached", lambda _: False)
-        monkeypatch.setattr(hub, "_offline_cause", lambda: "")
+        monkeypatch.setattr(hub, "is_cached", lambda _: False)
+        monkeypatch.setattr(hub, "offline_cause", lambda: "")
         monkeypatch.setattr(timm, "create_model", fail)
         monkeypatch.setattr(logger, "propagate", True)
         with (
@@ -478,8 +478,8 @@ class TestHub:
         assert logger.level == level
 
     def test_what_was_fetched_is_recorded(self, monkeypatch: pytest.MonkeyPatch, tiny: nn.Module) -> None:
-        monkeypatch.setattr(hub, "_is_cached", lambda _: True)
-        monkeypatch.setattr(hub, "_offline_cause", lambda: pytest.fail("what is cached needs no network"))
+        monkeypatch.setattr(hub, "is_cached", lambda _: True)
+        monkeypatch.setattr(hub, "offline_cause", lambda: pytest.fail("what is cached needs no network"))
         create = timm.create_model
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **_: create(name))
         assert load_model(NAME).weights == "hub:timm/test_vit.r160_in1k"

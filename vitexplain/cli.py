@@ -116,7 +116,9 @@ def demo(
 )
 def explain(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or 'patterns*'.")],
-    model: Annotated[str, typer.Option(metavar="NAME", help="scenes, scenes-pm or timm:ARCHITECTURE.")] = "scenes",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="scenes, scenes-pm, timm:ARCHITECTURE or hf:REPOSITORY.")
+    ] = "scenes",
     checkpoint: Annotated[
         Path | None,
         typer.Option(

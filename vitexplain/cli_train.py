@@ -48,7 +48,9 @@ def train_diffmask_command(
     ],
     data: Annotated[str, typer.Option(metavar="PATH", help="Folder or 'pattern*' of pictures, or scenes.")],
     objects: Annotated[int, typer.Option(min=0, max=2, metavar="N", help="In each of the scenes; 0: one or two.")] = 1,
-    model: Annotated[str, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = "scenes",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="scenes (embedded), timm:ARCHITECTURE or hf:REPOSITORY.")
+    ] = "scenes",
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights of the model.  \\[default: the model's own]")
     ] = None,

@@ -31,7 +31,9 @@ def bench_command(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="YAML file; options given here win over it.")
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="scenes (embedded), timm:ARCHITECTURE or hf:REPOSITORY.")
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(metavar="FILE", help="Weights of --model.")] = None,
     labels: Annotated[str | None, typer.Option(metavar="FILE", help="Class names of --model.")] = None,
     preprocessing: Annotated[

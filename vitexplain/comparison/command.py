@@ -46,7 +46,8 @@ def compare_command(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE; may be repeated.  \\[default: scenes]"
+            metavar="NAME",
+            help="scenes (embedded), timm:ARCHITECTURE or hf:REPOSITORY; may be repeated.  \\[default: scenes]",
         ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, where there is one model.")] = None,

@@ -27,7 +27,9 @@ def export_command(
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go, or go on.")],
-    model: Annotated[str, typer.Option(metavar="NAME", help="scenes (embedded), or timm:ARCHITECTURE.")] = "scenes",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="scenes (embedded), timm:ARCHITECTURE or hf:REPOSITORY.")
+    ] = "scenes",
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights of --model.")] = None,
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names of --model.")] = None,
     preprocessing: Annotated[

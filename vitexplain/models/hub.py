@@ -1,4 +1,4 @@
-"""Pretrained weights of timm's architectures, from the hub or its local cache."""
+"""The hub and its local cache: whether it can be reached, and the pretrained weights of timm's architectures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from torch import nn
 from ..errors import CheckpointError
 from .weights import first_line
 
+OFFLINE = "once they are cached, HF_HUB_OFFLINE=1"
+"""The remedy that is always there."""
+
 _ALTERNATIVES = (
     "Offline alternatives: the embedded model (scenes); weights in a file (checkpoint=FILE.safetensors, --checkpoint "
-    "on the command line); or, once they are cached, HF_HUB_OFFLINE=1"
+    f"on the command line); or, {OFFLINE}"
 )
 _PROBE_SECONDS = 5.0
 _logger = logging.getLogger(__name__)
@@ -44,13 +47,13 @@ def fetch_pretrained(architecture: str) -> tuple[nn.Module, str]:
             "--checkpoint on the command line)"
         )
     repository = config.hf_hub_id
-    if repository and not _is_cached(repository):
-        cause = _offline_cause()
+    if repository and not is_cached(repository):
+        cause = offline_cause()
         if cause:
             raise _unreachable(architecture, cause)
         _logger.info("fetching the pretrained weights of timm:%s from the hub", architecture)
     try:
-        with _quiet("huggingface_hub"):
+        with quiet("huggingface_hub"):
             model: nn.Module = timm.create_model(architecture, pretrained=True)
     except Exception as error:  # the hub client raises many kinds, none of them ours
         raise _unreachable(architecture, first_line(error)) from error
@@ -63,7 +66,8 @@ def _unreachable(architecture: str, cause: str) -> CheckpointError:
     )
 
 
-def _is_cached(repository: str) -> bool:
+def is_cached(repository: str) -> bool:
+    """Whether a repository of the hub is in the local cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -73,7 +77,7 @@ def _is_cached(repository: str) -> bool:
     return True
 
 
-def _offline_cause() -> str:
+def offline_cause() -> str:
     """Why the hub cannot be reached, or "" where it probably can."""
     from huggingface_hub import constants
 
@@ -91,7 +95,7 @@ def _offline_cause() -> str:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Keeps a library's retry messages off the screen: the error that follows says it in one line."""
     logger = logging.getLogger(name)
     before = logger.level

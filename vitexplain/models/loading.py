@@ -1,4 +1,4 @@
-"""Models by name: the embedded one, and timm's architectures with weights from the hub or from files."""
+"""Models by name: the embedded ones, timm's with weights from the hub or from files, and those of transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..errors import (
 )
 from ..preprocessing import Preprocessing
 from ..subject import Subject
-from . import adapt
+from . import adapt, hugging_face
 from .fingerprint import weights_digest
 from .hub import fetch_pretrained
 from .labels import find_class, imagenet_labels, read_labels
@@ -116,8 +116,10 @@ def load_model(
     """A model by name, ready to be explained.
 
     Args:
-        name: ``"scenes"``, the embedded model; ``"scenes-pm"``, the same trained on a few masks for the method `pm`; or
-            ``"timm:ARCHITECTURE"``, with weights from the hub, or from `checkpoint` with no network.
+        name: ``"scenes"``, the embedded model; ``"scenes-pm"``, the same trained on a few masks for the method `pm`;
+            ``"timm:ARCHITECTURE"``, with weights from the hub, or from `checkpoint` with no network;
+            ``"hf:REPOSITORY"``, an image classifier of transformers from the hub; or ``"hf:FOLDER"``, one that
+            ``save_pretrained`` wrote.
         checkpoint: `.safetensors`, or a `.pt`/`.pth`/`.bin` state dict (read with ``weights_only=True``). Its
             classifier says how many classes there are. The input size is what the card beside it says, or what the
             position embedding tells: a square, or else the one in `preprocessing`. For the embedded models, what
@@ -146,10 +148,18 @@ def load_model(
         said, asked = None if trained is None else trained.size, _size_in(preprocessing or {})
         model, weights = _timm_model(name, checkpoint, said, asked)
         names, prepare = imagenet_labels(model), trained or Preprocessing.from_timm(model)
+    elif name.startswith(hugging_face.PREFIX):
+        if checkpoint is not None:
+            raise OptionError(
+                f"found the checkpoint {os.fspath(checkpoint)!r} for {name}, expected none: weights come from the "
+                f"folder or repository that it names ({hugging_face.PREFIX}FOLDER)"
+            )
+        model, weights, names, prepare = hugging_face.load_classifier(name)
     else:
         raise UnknownNameError(
             f"no model called {name!r}. Known: {EMBEDDED} and {EMBEDDED_FOR_PM} (embedded), {_PREFIX}ARCHITECTURE "
-            f"(for instance {_PREFIX}vit_tiny_patch16_224; `vitexplain models` lists them)"
+            f"(for instance {_PREFIX}vit_tiny_patch16_224; `vitexplain models` lists them), "
+            f"{hugging_face.PREFIX}REPOSITORY_OR_FOLDER"
         )
     prepare = prepare.replace(**(preprocessing or {}))
     try:
@@ -343,7 +353,7 @@ def _architectures() -> list[str]:
 
 def _count_classes(name: str, model: nn.Module) -> int:
     """How many outputs there are; says so where they are no classes."""
-    classes = int(getattr(model, "num_classes", 0))
+    classes = int(getattr(model, "num_classes", getattr(model, "num_labels", 0)))  # timm's, transformers'
     if classes:
         return classes
     warnings.warn(

@@ -43,7 +43,9 @@ def train_pm_command(
         Path,
         typer.Option(metavar="FILE", help="Weights to write (.safetensors); a .json of the same name goes along."),
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="scenes, scenes-pm or timm:ARCHITECTURE.")] = "scenes",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="scenes, scenes-pm, timm:ARCHITECTURE or hf:REPOSITORY.")
+    ] = "scenes",
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights to begin with.  \\[default: the model's own]")
     ] = None,
