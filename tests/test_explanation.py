@@ -183,6 +183,25 @@ def test_overlays_and_panels(subject: Subject, picture: Image.Image) -> None:
     assert explainer([picture], lambda z: z[:, 0]).target_names() == [["function"]]
 
 
+def test_captions_say_what_is_explained(subject: Subject, picture: Image.Image, tmp_path: Path) -> None:
+    explainer = get_explainer("generic_attention", subject)
+    pair = explainer([picture, picture], (["b", "c"], "d"))
+    shares = (100 * pair.logits.softmax(1)).tolist()
+    assert pair._captions() == [
+        [f"{'bc'[row]} {shares[row][row + 1]:.0f}% against d {shares[row][3]:.0f}%"] for row in range(2)
+    ]
+    assert repr(pair).endswith("targets [1, 2] against [3, 3])")
+    assert repr(pair[1]).endswith("targets [2] against [3])")
+    assert Explanation.concatenate([pair[0], pair[1]]).against.tolist() == [3, 3]
+    assert np.load(pair.save(tmp_path / "pair.npz"))["against"].tolist() == [3, 3]
+    pair.panel()
+    function = explainer(picture, lambda z: z[:, 0])
+    assert function._captions() == [["function"]], "the most probable class is not what was explained"
+    plain = explainer(picture, 1)
+    assert plain.against is None
+    assert "against" not in np.load(plain.save(tmp_path / "plain.npz"))
+
+
 def test_panels_say_what_colours_mean(subject: Subject, picture: Image.Image) -> None:
     from vitexplain.panels import colour_bar
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import make_images, make_model
@@ -159,6 +161,11 @@ def test_a_class_of_the_same_name_from_elsewhere_replaces_nothing() -> None:
             type("Saliency", (Method,), {"__module__": "elsewhere"})
         )
     assert method_info("saliency").method is before
+
+
+def test_options_take_numbers_of_numpy() -> None:
+    method = create_method("smoothgrad", samples=np.int64(3), noise=np.float32(0.5))
+    assert json.loads(json.dumps(method.options)) == {**create_method("smoothgrad").options, "samples": 3, "noise": 0.5}
 
 
 def test_large_limits_are_said_to_the_last_digit() -> None:

@@ -212,6 +212,7 @@ def _explanation(
     return Explanation(
         scores=scores,
         targets=target.explained_classes(),
+        against=target.opposed_classes(),
         logits=attributed.logits,
         method=method.info.name,
         options=options,

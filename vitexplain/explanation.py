@@ -47,6 +47,7 @@ class Explanation:
         labels: class names, where known.
         inputs: what the model saw, (B, channels, H, W), normalised, on its device and in its precision; `pictures`
             and `overlay` show it. None where an explanation was put together without it.
+        against: of a contrast, the classes that `targets` are held against, of the same shape; None for other targets.
         extent: pixels (height, width) of the input that the grid takes up from the top left corner on: less than all
             where the model leaves out what is no whole patch, more where it pads that. None: just all, evenly.
     """
@@ -65,6 +66,7 @@ class Explanation:
     labels: Sequence[str] | None = None
     inputs: Tensor | None = None
     extent: tuple[int, int] | None = None
+    against: Tensor | None = None
 
     def __repr__(self) -> str:
         approximate = f", approximate: {self.approximate}" if self.approximate else ""
@@ -93,6 +95,7 @@ class Explanation:
             self,
             scores=self.scores[rows],
             targets=None if self.targets is None else self.targets[rows],
+            against=None if self.against is None else self.against[rows],
             logits=self.logits[rows],
             diagnostics={name: value[rows] for name, value in self.diagnostics.items()},
             inputs=None if self.inputs is None else self.inputs[rows],
@@ -101,17 +104,12 @@ class Explanation:
     @property
     def probabilities(self) -> Tensor:
         """Softmax of the logits at the targets, in [0, 1], of the targets' shape; (B,) of the arg-max without."""
-        probabilities = self.logits.float().softmax(dim=1)
-        targets = probabilities.argmax(dim=1) if self.targets is None else self.targets
-        chosen = probabilities.gather(1, targets.reshape(len(probabilities), -1))
-        return chosen.reshape(targets.shape)
+        targets = self.logits.argmax(dim=1) if self.targets is None else self.targets
+        return self._probabilities_of(targets)
 
     def target_names(self) -> list[list[str]]:
         """B lists of K names: the label where known, else the class index; ``"function"`` for a callable."""
-        if self.targets is None:
-            return [["function"] for _ in range(len(self))]
-        rows = self.targets.reshape(len(self), -1).tolist()
-        return [[self.labels[each] if self.labels else f"class {each}" for each in row] for row in rows]
+        return [["function"] for _ in range(len(self))] if self.targets is None else self._names_of(self.targets)
 
     def heatmap(
         self,
@@ -244,16 +242,10 @@ class Explanation:
         pictures = self.pictures() if pictures is None else _together(pictures)
         overlays = self.overlay(pictures, **style)
         overlays = overlays[:, None] if self.scores.ndim == 3 else overlays
-        probabilities = self.probabilities.reshape(len(self), -1).tolist()
-        rows = []
-        for image, name_row, probability_row, picture in zip(
-            overlays, self.target_names(), probabilities, pictures, strict=True
-        ):
-            captions = [
-                f"{name.split(',')[0]} {probability:.0%}"
-                for name, probability in zip(name_row, probability_row, strict=True)
-            ]
-            rows.append([Cell(picture), *(Cell(each, caption) for each, caption in zip(image, captions, strict=True))])
+        rows = [
+            [Cell(picture), *(Cell(each, caption) for each, caption in zip(image, captions, strict=True))]
+            for image, captions, picture in zip(overlays, self._captions(), pictures, strict=True)
+        ]
         bar = colour_bar(style.get("colormap"), signed=self.signed, width=_BAR, scale=scale)
         return panel(rows, title=self.method, legends=[None, *[bar] * overlays.shape[1]], scale=scale)
 
@@ -266,7 +258,8 @@ class Explanation:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the explanation; the suffix says what: ``.png`` the panel, ``.npy`` the raw scores, ``.npz`` all.
 
-        All is scores, logits, targets and diagnostics; and `extent` and `image_size` where there is an extent.
+        All is scores, logits, diagnostics, targets and of a contrast what they are held against; and `extent` and
+        `image_size` where there is an extent.
 
         Raises:
             InputError: another suffix, or a picture where the pictures are not known.
@@ -285,7 +278,8 @@ class Explanation:
             arrays = {"scores": self.scores, "logits": self.logits, **self.diagnostics}
             if self.extent is not None:
                 arrays |= {"extent": torch.tensor(self.extent), "image_size": torch.tensor(self.image_size)}
-            save_arrays(arrays if self.targets is None else {**arrays, "targets": self.targets}, path)
+            classes = {"targets": self.targets, "against": self.against}
+            save_arrays(arrays | {name: each for name, each in classes.items() if each is not None}, path)
         else:
             raise InputError(f"found suffix {path.suffix!r} in {path}, expected .png, .npy or .npz")
         return path
@@ -305,13 +299,37 @@ class Explanation:
             first,
             scores=torch.cat([part.scores for part in parts]),
             targets=join([part.targets for part in parts]),
+            against=join([part.against for part in parts]),
             logits=torch.cat([part.logits for part in parts]),
             diagnostics={name: torch.cat([part.diagnostics[name] for part in parts]) for name in first.diagnostics},
             inputs=join([part.inputs for part in parts]),
         )
 
+    def _captions(self) -> list[list[str]]:
+        """B lists of K: what is explained and its probability, of a contrast both; a function of logits has none."""
+        if self.targets is None:
+            return self.target_names()
+        sides = [
+            [
+                [f"{name.split(',')[0]} {probability:.0%}" for name, probability in zip(*row, strict=True)]
+                for row in zip(self._names_of(classes), self._probabilities_of(classes).tolist(), strict=True)
+            ]
+            for classes in (each.reshape(len(self), -1) for each in (self.targets, self.against) if each is not None)
+        ]
+        return [[" against ".join(each) for each in zip(*rows, strict=True)] for rows in zip(*sides, strict=True)]
+
+    def _names_of(self, classes: Tensor) -> list[list[str]]:
+        rows = classes.reshape(len(self), -1).tolist()
+        return [[self.labels[each] if self.labels else f"class {each}" for each in row] for row in rows]
+
+    def _probabilities_of(self, classes: Tensor) -> Tensor:
+        chosen = self.logits.float().softmax(dim=1).gather(1, classes.reshape(len(self), -1))
+        return chosen.reshape(classes.shape)
+
     def _targets_text(self) -> str:
-        return "a function" if self.targets is None else str(self.targets.tolist())
+        if self.targets is None:
+            return "a function"
+        return str(self.targets.tolist()) + ("" if self.against is None else f" against {self.against.tolist()}")
 
 
 def _together(pictures: np.ndarray | Sequence[np.ndarray | Image]) -> np.ndarray:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from .errors import OptionError, UnknownNameError
 
 
@@ -56,6 +58,8 @@ class Configurable(ABC):
     def __post_init__(self) -> None:
         check_declared(type(self))
         for each in dataclasses.fields(self):
+            if isinstance(value := getattr(self, each.name), np.generic):  # such as a number out of np.arange
+                object.__setattr__(self, each.name, value.item())
             _check_option(self.info.name, each, getattr(self, each.name))
 
     @property

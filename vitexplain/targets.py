@@ -80,9 +80,14 @@ class ResolvedTarget:
 
     def explained_classes(self) -> Tensor | None:
         """(B,) or (B, K) classes, as the target was given."""
-        if self.classes is None:
-            return None
-        return self.classes[:, 0] if self.single else self.classes
+        return self._as_given(self.classes)
+
+    def opposed_classes(self) -> Tensor | None:
+        """(B,) or (B, K) classes of a contrast's other side, as the target was given; None where there is none."""
+        return self._as_given(self.against)
+
+    def _as_given(self, classes: Tensor | None) -> Tensor | None:
+        return classes[:, 0] if self.single and classes is not None else classes
 
     @staticmethod
     def _column(classes: Tensor | None, index: int) -> Tensor:

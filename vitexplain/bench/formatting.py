@@ -23,7 +23,7 @@ def decimals_for(estimates: Sequence[Mapping[str, Any]]) -> int:
 
 
 def show_estimate(estimate: Mapping[str, Any], decimals: int | None = None) -> str:
-    """``value [low, high]``; a dash where no image allowed the figure.
+    """``value [low, high]``; a dash where no image allowed the figure, and powers of ten where decimals would hide it.
 
     Args:
         estimate: mapping with ``value``, ``low`` and ``high``.
@@ -32,8 +32,11 @@ def show_estimate(estimate: Mapping[str, Any], decimals: int | None = None) -> s
     if not math.isfinite(estimate["value"]):
         return "–"
     digits = decimals_for([estimate]) if decimals is None else decimals
-    low, high = (f"{estimate[end]:.{digits}f}" if math.isfinite(estimate[end]) else "?" for end in ("low", "high"))
-    return f"{estimate['value']:.{digits}f} [{low}, {high}]"
+    largest = max(abs(estimate[name]) for name in ("value", "low", "high") if math.isfinite(estimate[name]))
+    hidden = digits == _MOST_DECIMALS and 0 < largest < 10 ** (1 - digits)
+    form = ".2e" if hidden else f".{digits}f"
+    low, high = (format(estimate[end], form) if math.isfinite(estimate[end]) else "?" for end in ("low", "high"))
+    return f"{estimate['value']:{form}} [{low}, {high}]"
 
 
 def markdown_cell(text: object) -> str:
