@@ -129,8 +129,9 @@ class TestImageFolder:
         (tmp_path / ".cache").mkdir()
         found = {each.name: each.labels for each in open_dataset(f"imagefolder:{tmp_path}", classes="own")}
         assert found == {"Z/a.png": (0,), "apple/a.png": (1,), "ten/a.png": (2,)}
-        with pytest.raises(InputError, match=r"found 3 class folders .* the labels of the model are 2"):
-            open_dataset(f"imagefolder:{tmp_path}", classes="own", labels=["a", "b"])
+        for names in ("ab", "abcd"):
+            with pytest.raises(InputError, match=rf"found 3 class folders .*, expected {len(names)}.* an empty folder"):
+                open_dataset(f"imagefolder:{tmp_path}", classes="own", labels=list(names))
 
     def test_a_class_without_pictures_keeps_its_place(self, tmp_path: Path) -> None:
         for folder in ("a", "c"):

@@ -45,7 +45,13 @@ class ImageFolder(FileReader):
             raise InputError(f"{str(loose[0])!r} lies in no class folder; expected:\n\n{self.info.layout}")
         if self.classes == "own":
             folders = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
-            classes.check(len(folders) - 1, f"{len(folders)} class folders in {str(root)!r}")
+            if classes.labels is not None and len(folders) != len(classes.labels):
+                # with one missing, those behind it would be taken for the class before
+                raise InputError(
+                    f"found {len(folders)} class folders in {str(root)!r}, expected {len(classes.labels)}, one for each "
+                    "label of the model: make an empty folder for a class without pictures, or let names tell the "
+                    "class (classes=names)"
+                )
             labels = {folder: index for index, folder in enumerate(folders)}
         else:
             folders = sorted({relative.parts[0] for _, relative in pictures})
