@@ -255,6 +255,32 @@ def test_image_text_models_explain_texts(clip: nn.Module) -> None:
     torch.testing.assert_close(adapt(model).seed(17), F.one_hot(torch.tensor(0), 17).float())
 
 
+@pytest.mark.parametrize("pooling", ["mean", "head"])
+def test_legrad_follows_the_similarity_of_texts(clip: nn.Module, pooling: str) -> None:
+    """Against autograd through eager attention: each block's tokens, their norm and projection, and the cosine."""
+    images, texts = make_images("hf_clip"), torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    model = ImageTextModel(clip, texts)
+    found = get_explainer("legrad", model, layers=2, pooling=pooling)(images, 1).scores
+    tower: Any = clip.vision_model
+    clip.set_attn_implementation("eager")
+    attended: list[Tensor] = []
+    handles = [
+        layer.self_attn.register_forward_hook(lambda *call: attended.append(call[2][1]))
+        for layer in tower.encoder.layers
+    ]
+    states = tower(images, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    expected = torch.zeros(2, 17)
+    for tokens, attention in zip(states[-2:], attended[-2:], strict=True):
+        pooled = tokens.mean(1) if pooling == "mean" else tokens[:, 0]
+        features = clip.visual_projection(tower.post_layernorm(pooled))
+        score = F.cosine_similarity(features, texts[1:2]).sum() * clip.logit_scale.exp()
+        (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
+        expected += gradient.clamp(min=0).mean((1, 2))
+    torch.testing.assert_close(found, expected[:, 1:].reshape(2, 4, 4), rtol=1e-3, atol=1e-6)
+
+
 def test_image_text_mistakes_are_named(clip: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match="ImageTextModel"):
         get_explainer("tokentm", clip)
@@ -284,10 +310,30 @@ def test_the_clip_layout_of_openai_and_open_clip() -> None:
         def encode_image(self, images: Tensor) -> Tensor:
             return Own.forward(self, images)
 
+    class Projected(Encoder):
+        """The projection is a matrix, as there."""
+
+        def __init__(self, encoder: Encoder) -> None:
+            super().__init__()
+            self.load_state_dict(encoder.state_dict())
+            self.proj = nn.Parameter(self.head.weight.detach().T.clone())
+            self.head = nn.Identity()
+
+        def encode_image(self, images: Tensor) -> Tensor:
+            return super().encode_image(images) @ self.proj
+
     torch.manual_seed(0)
-    model = ImageTextModel(Encoder().eval(), torch.randn(4, 7))
-    model.image_size = (32, 48)
-    assert get_explainer("generic_attention", model)(make_images("own"), 2).scores.shape == (2, 4, 6)
+    texts, maps = torch.randn(4, 7), []
+    encoder = Encoder().eval()
+    with torch.no_grad():
+        encoder.head.bias.zero_()
+    for each in (encoder, Projected(encoder).eval()):
+        model = ImageTextModel(each, texts)
+        model.image_size = (32, 48)
+        assert get_explainer("generic_attention", model)(make_images("own"), 2).scores.shape == (2, 4, 6)
+        maps.append(get_explainer("legrad", model)(make_images("own"), 2).scores)
+    assert maps[0].amax() > 0
+    torch.testing.assert_close(*maps)
 
 
 class Reordered(Own):

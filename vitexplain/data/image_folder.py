@@ -48,9 +48,9 @@ class ImageFolder(FileReader):
             if classes.labels is not None and len(folders) != len(classes.labels):
                 # with one missing, those behind it would be taken for the class before
                 raise InputError(
-                    f"found {len(folders)} class folders in {str(root)!r}, expected {len(classes.labels)}, one for each "
-                    "label of the model: make an empty folder for a class without pictures, or let names tell the "
-                    "class (classes=names)"
+                    f"found {len(folders)} class folders in {str(root)!r}, expected {len(classes.labels)}, one for "
+                    "each label of the model: make an empty folder for a class without pictures, or let names tell "
+                    "the class (classes=names)"
                 )
             labels = {folder: index for index, folder in enumerate(folders)}
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -77,10 +77,48 @@ class ImageTextModel(nn.Module):
         """Scaled cosine similarities (B, K), the model's own logits for these texts."""
         model = cast("Any", self.model)
         encode = getattr(model, "get_image_features", None) or model.encode_image
-        features = F.normalize(_features(encode(images)), dim=-1)
+        return self.similarities(_features(encode(images)))
+
+    def similarities(self, features: Tensor) -> Tensor:
+        """Scaled cosine similarities (B, K) of what the image encoder gives (B, D) with the texts."""
+        model = cast("Any", self.model)
+        features = F.normalize(features, dim=-1)
         logits: Tensor = features @ self.text_embeddings.to(features).T * model.logit_scale.exp()
         bias = getattr(model, "logit_bias", None)
         return logits if bias is None else logits + bias
+
+
+class SimilarityHead(nn.Module):
+    """What an image-text model says of features before their projection: (B, width) to logits (B, K).
+
+    Args:
+        model: with the texts.
+        projection: of the same model, a linear map, or its weights (width, D); it is borrowed, not copied.
+    """
+
+    def __init__(self, model: ImageTextModel, projection: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.projection = projection
+        linear: Any = projection
+        self.in_features: int = len(projection) if isinstance(projection, nn.Parameter) else linear.in_features
+        self.out_features = len(model.text_embeddings)
+        self._similarities = model.similarities  # a method: the model is no part of this head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scaled cosine similarities of the projected features with the texts."""
+        projection = self.projection
+        return self._similarities(projection(features) if isinstance(projection, nn.Module) else features @ projection)
+
+    @staticmethod
+    def of(model: ImageTextModel, modules: Iterable[nn.Module], width: int) -> Iterator[SimilarityHead]:
+        """All that modules of the model could form: each linear map, or matrix, from `width` to the texts' features."""
+        features = model.text_embeddings.shape[1]
+        for module in modules:
+            if (getattr(module, "in_features", None), getattr(module, "out_features", None)) == (width, features):
+                yield SimilarityHead(model, module)
+            elif not hasattr(module, "in_features"):
+                found = [each for each in module.parameters(recurse=False) if each.shape == (width, features)]
+                yield from (SimilarityHead(model, each) for each in found)
 
 
 def _features(output: Any) -> Tensor:

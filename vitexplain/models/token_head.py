@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .adapter import ModelAdapter
+from .image_text import ImageTextModel, SimilarityHead
 
 if TYPE_CHECKING:
     from ..capture import Capture
@@ -50,7 +51,7 @@ class Branch:
     """One linear head and what it takes: one reading, or several side by side.
 
     Attributes:
-        head: affine, from D features a reading to C classes.
+        head: from D features a reading to C classes: affine, or their similarities with C texts.
         readings: in the order in which it takes them.
     """
 
@@ -119,8 +120,9 @@ def token_head(capture: Capture) -> TokenHead:
         capture: after its forward pass, with the state ``out`` of the last block.
 
     Raises:
-        UnsupportedModelError: the head is no linear map of tokens or of their mean (attention pools, heads with
-            hidden layers, cosine similarities), or its weights are all zero, so that nothing tells what it reads.
+        UnsupportedModelError: the head is no linear map of tokens or of their mean, nor the similarity of such a map
+            with texts (attention pools, heads with hidden layers), or its weights are all zero, so that nothing tells
+            what it reads.
     """
     adapter, tokens = capture.adapter, final_tokens(capture)
     known = _found.get(adapter)
@@ -130,7 +132,7 @@ def token_head(capture: Capture) -> TokenHead:
         return known
     outside = _outside(adapter)
     best, lowest = None, torch.inf
-    for candidate in _candidates(outside, tokens.shape[2], logits.shape[1], prefix):
+    for candidate in _candidates(adapter.model, outside, tokens.shape[2], logits.shape[1], prefix):
         error = _attempt(candidate, tokens, logits)
         if error < _MUCH_BETTER * lowest:  # among equals the one with fewer parts, which comes first
             best, lowest = candidate, error
@@ -172,11 +174,14 @@ def _outside(adapter: ModelAdapter) -> list[nn.Module]:
     return [module for module in reversed(list(adapter.model.modules())) if id(module) not in inside]
 
 
-def _candidates(outside: list[nn.Module], width: int, classes: int, prefix: int) -> Iterator[TokenHead]:
+def _candidates(
+    model: nn.Module, outside: list[nn.Module], width: int, classes: int, prefix: int
+) -> Iterator[TokenHead]:
     """All ends that the modules could form, with few norms first."""
     norms: list[nn.Module | None] = [None, *(each for each in outside if _is_norm(each, width))]
     pairs = [(before, after) for before in norms for after in norms if before is None or before is not after]
-    branches = list(_branches(outside, width, classes, prefix))
+    texts = SimilarityHead.of(model, outside, width) if isinstance(model, ImageTextModel) else ()
+    branches = list(_branches([*outside, *texts], width, classes, prefix))
     for before, after in sorted(pairs, key=lambda pair: (pair[1] is not None, pair[0] is not None)):
         for each in branches:
             yield TokenHead(before, after, each, prefix)
