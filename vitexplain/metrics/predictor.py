@@ -16,9 +16,10 @@ from ..short_last_block import plain_logits
 from ..subject import Subject
 from .compiled import compiled_logits
 
-CPU_BATCH = 8
+CPU_BATCH = 4
 """Most images in one forward on the CPU. Larger activations are allocated from fresh pages in every layer, which made a
-ViT-Ti 1.4 times as slow per image at 64 as at 8; an accelerator needs the larger batch."""
+ViT-Ti 1.4 times as slow per image at 64 as at 8, and in some processes 1.13 times as slow at 8 as at 4; an accelerator
+needs the larger batch."""
 
 
 @dataclass(frozen=True, eq=False)
