@@ -107,6 +107,11 @@ def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
         explanation.overlay_on([picture], boxes=[])
     with pytest.raises(InputError, match="gone"):
         explanation.overlay_on(tmp_path / "gone.png")
+    other = Image.fromarray(255 - np.asarray(picture))
+    with pytest.raises(InputError, match=r"image 1 is not the one that was explained, .* differs from it by"):
+        explained(picture, other).overlay_on([picture, picture])
+    with pytest.raises(InputError, match="image 0 is not the one"):
+        explanation.overlay_on(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     unknown = get_explainer("generic_attention", make_model("cls"))(make_images("cls"))
     with pytest.raises(InputError, match="heat has no place on them"):
         unknown.overlay_on([picture] * len(unknown))

@@ -219,8 +219,8 @@ class Explanation:
             B arrays uint8 (H, W, 3) of the photographs' own sizes, or (K, H, W, 3) for K targets.
 
         Raises:
-            InputError: how photographs became the model's input is not known, one cannot be read, or numbers do not
-                fit.
+            InputError: how photographs became the model's input is not known; or one cannot be read, or is not what
+                the model saw; or numbers do not fit.
             OptionError: as for `overlay`.
         """
         from .whole_pictures import overlays_on

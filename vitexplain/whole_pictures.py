@@ -14,12 +14,16 @@ from .render import Pixels
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from PIL.Image import Image
     from torch import Tensor
 
     from .explanation import Explanation
 
-_UNSEEN = 0.5
-"""Brightness of what the crop left out, so that it is not taken for what did not matter."""
+_DIMMING = 2
+"""What the crop left out is so many times as dark, so that it is not taken for what did not matter."""
+_LEVELS = 8.0
+"""Of 255: how far what the model saw may be, on average, from what the preprocessing makes of a photograph. Resizing
+otherwise stays below, another picture or another crop does not."""
 
 
 def overlays_on(
@@ -46,7 +50,9 @@ def overlays_on(
         if given is not None and len(given) != len(explanation):
             raise InputError(f"found {len(given)} {name}, expected {len(explanation)}: one for each image explained")
     for position, image in enumerate(listed):
-        photograph = np.asarray(load_image(image))
+        loaded = load_image(image)
+        _check_seen(explanation, position, preprocessing.view(loaded))
+        photograph = np.asarray(loaded)
         top, left, bottom, right = preprocessing.placement(photograph.shape[:2]).window
         inside = slice(max(top, 0), bottom), slice(max(left, 0), right)
         part = photograph[inside]
@@ -56,9 +62,27 @@ def overlays_on(
         seen[shown] = part
         drawn = explanation[position].overlay(seen[None], **options)[0]
         whole = np.empty((*drawn.shape[:-3], *photograph.shape), np.uint8)
-        whole[...] = photograph * _UNSEEN
+        whole[...] = photograph // _DIMMING
         whole[..., inside[0], inside[1], :] = drawn[..., shown[0], shown[1], :]
         if boxes is not None:
             flat = whole.reshape(-1, *photograph.shape)
             whole = draw_boxes(flat, [boxes[position]] * len(flat), color=ANNOTATED).reshape(whole.shape)
         yield whole
+
+
+def _check_seen(explanation: Explanation, position: int, view: Image) -> None:
+    """Makes sure that a photograph is the one that the model saw, where that is known, or heat would lie wrong.
+
+    Raises:
+        InputError: it is not.
+    """
+    if explanation.inputs is None:
+        return
+    seen = explanation[position].pictures()[0]
+    difference = np.abs(seen.astype(np.int16) - np.asarray(view)).mean()
+    if difference > _LEVELS:
+        raise InputError(
+            f"image {position} is not the one that was explained, or was prepared in another way: what the model saw "
+            f"differs from it by {difference:.0f} levels of 255 on average. Give the images in their order; of inputs "
+            "prepared elsewhere, show what the model saw with overlay"
+        )
