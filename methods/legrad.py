@@ -68,7 +68,7 @@ class LeGrad(GradientMethod):
         """Mean positive gradients (B, N), summed over blocks.
 
         Raises:
-            UnsupportedModelError: the head is no linear map of tokens or of their mean.
+            UnsupportedModelError: the head is no linear map of tokens, of their mean or of their attention pool.
         """
         response, head = TargetResponse.of(capture, self.info.name), token_head(capture)
         everyone = torch.arange(len(capture.images), device="cpu")
@@ -88,7 +88,8 @@ class LeGrad(GradientMethod):
     def _tokens_read(self, capture: Capture, head: TokenHead) -> int | None:
         """The number of prefix tokens, if the head reads no others; None if all may be read."""
         prefix, final = capture.layouts[-1].prefix, capture.blocks[-1].state("out")
-        if self.pooling == "mean" or prefix == 0:
+        pools = any(reading.pool for each in head.branches for reading in each.readings)
+        if self.pooling == "mean" or prefix == 0 or pools:
             return None
         noise = torch.randn(1, *final.shape[1:], generator=torch.Generator().manual_seed(0), **DRAWN).to(final)
         alone, all_tokens = head.image_logits(noise[:, :prefix]), head.image_logits(noise)

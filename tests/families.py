@@ -134,10 +134,6 @@ NOT_DEFINED: dict[tuple[str, str], str] = {
         for family in ("post_norm", "parallel", "differential", "several_attentions")
     },
     **{
-        ("legrad", family): "the head reads what attention pooled"
-        for family in ("attention_pool", "siglip_pool", "own_attention_pool")
-    },
-    **{
         ("tis", family): "blocks do not treat tokens as a set"
         for family in (
             "beit",
@@ -150,9 +146,6 @@ NOT_DEFINED: dict[tuple[str, str], str] = {
             "siglip2",
         )
     },
-    ("pm", "attention_pool"): "the head reads what attention pooled, not tokens",
-    ("pm", "siglip_pool"): "the head reads what attention pooled, not tokens",
-    ("pm", "own_attention_pool"): "the head reads what attention pooled, not tokens",
 }
 """Methods that a family's mathematics does not allow, and why; they must raise `UnsupportedModelError`."""
 

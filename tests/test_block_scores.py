@@ -156,6 +156,32 @@ def test_hooks_are_taken_off_where_a_block_cannot_be_computed_again() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("pooling", ["mean", "head"])
+def test_an_attention_pool_reads_the_tokens_of_each_block(pooling: str) -> None:
+    """Against autograd through each block alone, its tokens pooled by the model's own pool."""
+    model, images = make_model("attention_pool").double(), make_images("attention_pool").double()
+    found = get_explainer("legrad", model, layers=3, pooling=pooling)(images, 4).scores.flatten(1)
+    entering: list[Tensor] = []
+    handles = [block.register_forward_pre_hook(lambda _, given: entering.append(given[0])) for block in model.blocks]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    expected = torch.zeros_like(found)
+    for block, given in list(zip(model.blocks, entering, strict=True))[-3:]:
+        block.attn.fused_attn, attended = False, []
+        handle = block.attn.attn_drop.register_forward_pre_hook(lambda _, given, kept=attended: kept.append(given[0]))
+        tokens = block(given)
+        handle.remove()
+        if pooling == "head":
+            logits = model.forward_head(model.norm(tokens))
+        else:
+            logits = model.head(model.fc_norm(model.attn_pool(model.norm(tokens.mean(1, keepdim=True)))))
+        (gradient,) = torch.autograd.grad(logits[:, 4].sum(), attended)
+        expected += gradient.clamp(min=0).mean((1, 2))[:, 1:]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.exact_states
 @pytest.mark.parametrize("options", [{}, {"layers": 9, "pooling": "head"}, {"normalised": True}], ids=str)
 def test_a_balanced_map_is_the_plain_one_of_a_model_rewritten_with_constants(

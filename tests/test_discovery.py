@@ -281,6 +281,32 @@ def test_legrad_follows_the_similarity_of_texts(clip: nn.Module, pooling: str) -
     torch.testing.assert_close(found, expected[:, 1:].reshape(2, 4, 4), rtol=1e-3, atol=1e-6)
 
 
+def test_legrad_pools_as_siglip_does() -> None:
+    """There attention pools the tokens, and what it gives is compared with texts as it is."""
+    import transformers
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = {key: value for key, value in SQUARE.items() if key != "num_labels"}
+    siglip: Any = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=text)).eval()
+    texts, images = torch.randn(3, 24), make_images("hf_clip")
+    model = ImageTextModel(siglip, texts)
+    found = get_explainer("legrad", model, layers=1, pooling="head")(images, 1).scores
+    tower = siglip.vision_model
+    siglip.set_attn_implementation("eager")
+    attended: list[Tensor] = []
+    last = tower.encoder.layers[-1]
+    handle = last.self_attn.register_forward_hook(lambda *call: attended.append(call[2][1]))
+    pooled = tower(images).pooler_output
+    handle.remove()
+    score = F.cosine_similarity(pooled, texts[1:2]).sum() * siglip.logit_scale.exp()
+    (gradient,) = torch.autograd.grad(score, attended)
+    expected = gradient.clamp(min=0).mean((1, 2)).reshape(2, 4, 4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    patches = get_explainer("pm", model)(images, 1).scores
+    assert patches.shape == (2, 4, 4)
+
+
 def test_image_text_mistakes_are_named(clip: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match="ImageTextModel"):
         get_explainer("tokentm", clip)

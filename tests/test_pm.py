@@ -105,7 +105,7 @@ def test_the_head_of_every_kind_of_model_is_the_one_it_has() -> None:
         model, images = make_model(family), make_images(family)
         head, capture = head_of(model, images)
         expected = {id(each(model)) for each in norms if each is not None}
-        assert {id(each) for each in head.norms} == expected, family
+        assert {id(each) for each in head.below} == expected, family
         torch.testing.assert_close(
             head.image_logits(capture.blocks[-1].state("out")), capture.logits, rtol=1e-4, atol=1e-5
         )
@@ -124,7 +124,7 @@ def test_a_norm_before_the_blocks_is_not_taken_for_its_fresh_twin() -> None:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=SIZE, pre_norm=True, **DIMENSIONS).eval()
     nn.init.normal_(model.head.weight)
-    assert [id(each) for each in head_of(model, make_images("cls"))[0].norms] == [id(model.norm)]
+    assert [id(each) for each in head_of(model, make_images("cls"))[0].below] == [id(model.norm)]
 
 
 def test_a_head_that_was_replaced_is_found_again() -> None:
@@ -175,7 +175,7 @@ def test_the_head_is_differentiable_in_tokens_and_weights() -> None:
     tokens = capture.blocks[-1].state("out").requires_grad_(True)
     head.token_logits(tokens).sum().backward()
     assert tokens.grad is not None
-    assert all(parameter.grad is not None for each in (*head.heads, *head.norms) for parameter in each.parameters())
+    assert all(parameter.grad is not None for each in (*head.heads, *head.below) for parameter in each.parameters())
     assert len(head.heads) == 2
 
 

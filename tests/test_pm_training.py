@@ -418,9 +418,19 @@ def test_wrong_output(tmp_path: Path, examples: list[Example], name: str) -> Non
 
 
 def test_a_model_without_such_a_head_is_refused(tmp_path: Path, examples: list[Example]) -> None:
+    model = vit()
+    model.head = nn.Sequential(nn.Linear(model.embed_dim, 8), nn.GELU(), nn.Linear(8, model.num_classes))
     with pytest.raises(UnsupportedModelError, match="generic_attention"):
-        train(vit(global_pool="map", class_token=False), examples, tmp_path / "pm.safetensors")
+        train(model, examples, tmp_path / "pm.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_attention_pool_learns_with_its_model(tmp_path: Path, examples: list[Example]) -> None:
+    model = vit(global_pool="map", class_token=False)
+    before = {name: each.clone() for name, each in model.attn_pool.named_parameters()}
+    train(model, examples, tmp_path / "pm.safetensors", steps=2)
+    trained = load_file(tmp_path / "pm.safetensors")
+    assert any(not torch.equal(trained[f"attn_pool.{name}"], each) for name, each in before.items())
 
 
 def test_the_random_states_of_gpus_are_left_alone(

@@ -93,26 +93,32 @@ class SimilarityHead(nn.Module):
 
     Args:
         model: with the texts.
-        projection: of the same model, a linear map, or its weights (width, D); it is borrowed, not copied.
+        projection: of the same model, a linear map, or its weights (width, D); it is borrowed, not copied. None where
+            the features are compared as they are.
     """
 
-    def __init__(self, model: ImageTextModel, projection: nn.Module | nn.Parameter) -> None:
+    def __init__(self, model: ImageTextModel, projection: nn.Module | nn.Parameter | None) -> None:
         super().__init__()
         self.projection = projection
+        self.out_features, width = model.text_embeddings.shape
         linear: Any = projection
-        self.in_features: int = len(projection) if isinstance(projection, nn.Parameter) else linear.in_features
-        self.out_features = len(model.text_embeddings)
+        weighs = isinstance(projection, nn.Parameter)
+        self.in_features: int = width if linear is None else len(linear) if weighs else linear.in_features
         self._similarities = model.similarities  # a method: the model is no part of this head
 
     def forward(self, features: Tensor) -> Tensor:
         """Scaled cosine similarities of the projected features with the texts."""
         projection = self.projection
-        return self._similarities(projection(features) if isinstance(projection, nn.Module) else features @ projection)
+        if projection is not None:
+            features = projection(features) if isinstance(projection, nn.Module) else features @ projection
+        return self._similarities(features)
 
     @staticmethod
     def of(model: ImageTextModel, modules: Iterable[nn.Module], width: int) -> Iterator[SimilarityHead]:
         """All that modules of the model could form: each linear map, or matrix, from `width` to the texts' features."""
         features = model.text_embeddings.shape[1]
+        if features == width:
+            yield SimilarityHead(model, None)
         for module in modules:
             if (getattr(module, "in_features", None), getattr(module, "out_features", None)) == (width, features):
                 yield SimilarityHead(model, module)

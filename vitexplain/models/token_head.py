@@ -6,9 +6,9 @@ turns the final tokens into the logits that the model gave; a head that cannot b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,24 +26,36 @@ _LOOSE = 0.05  # half precisions
 _MUCH_BETTER = 0.5
 
 
-def _first(tokens: Tensor, prefix: int) -> Tensor:
-    return tokens[:, 0]
+@dataclass(frozen=True)
+class Reading:
+    """What a head takes of the final tokens: some of them, one by one, their mean, or pooled by attention.
+
+    Attributes:
+        taken: which tokens (B, n, D) of those (B, N, D), of which the first are the prefix, as many as is said.
+        pool: pools them to (B, D); None for their mean.
+    """
+
+    taken: Callable[[Tensor, int], Tensor]
+    pool: nn.Module | None = None
+
+    def __call__(self, tokens: Tensor, prefix: int) -> Tensor:
+        """Features (B, D) of tokens (B, N, D)."""
+        return self._pooled(self.taken(tokens, prefix))
+
+    def alone(self, tokens: Tensor) -> Tensor:
+        """What it makes of each token (B, n, D) if it is all that there is: (B, n, D)."""
+        if self.pool is None:
+            return tokens
+        return self._pooled(tokens.flatten(0, 1)[:, None]).reshape(*tokens.shape[:2], -1)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(1) if self.pool is None else _applied(self.pool, tokens).flatten(1)
 
 
-def _second(tokens: Tensor, prefix: int) -> Tensor:
-    return tokens[:, 1]
-
-
-def _mean_of_patches(tokens: Tensor, prefix: int) -> Tensor:
-    return tokens[:, prefix:].mean(1)
-
-
-def _mean_of_all(tokens: Tensor, prefix: int) -> Tensor:
-    return tokens.mean(1)
-
-
-Reading = Callable[[Tensor, int], Tensor]
-"""What a head takes of the final tokens (B, N, D) after the first of them, the prefix: (B, D)."""
+_first = Reading(lambda tokens, prefix: tokens[:, :1])
+_second = Reading(lambda tokens, prefix: tokens[:, 1:2])
+_mean_of_patches = Reading(lambda tokens, prefix: tokens[:, prefix:])
+_mean_of_all = Reading(lambda tokens, prefix: tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +71,12 @@ class Branch:
     readings: tuple[Reading, ...]
 
 
+Branches = tuple[Branch, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class TokenHead:
-    """The end of a model, behind its last block: norm, pooling, norm, and linear heads that are averaged.
+    """The end of a model, behind its last block: norm, pooling, norm, and heads that are averaged.
 
     Attributes:
         before: norm of each token before pooling; None where there is none.
@@ -85,8 +100,10 @@ class TokenHead:
             (B, N, C), differentiable, in the precision of the tokens. A norm behind the pooling is applied to each
             token. Averaged heads are averaged; one that takes several readings gets the token as each of them.
         """
-        features = _applied(self.after, _applied(self.before, tokens))
-        parts = [_applied(each.head, torch.cat([features] * len(each.readings), -1)) for each in self.branches]
+        tokens, parts = _applied(self.before, tokens), []
+        for each in self.branches:
+            features = [_applied(self.after, reading.alone(tokens)) for reading in each.readings]
+            parts.append(_applied(each.head, torch.cat(features, -1)))
         return torch.stack(parts).mean(0)
 
     def image_logits(self, tokens: Tensor) -> Tensor:
@@ -100,9 +117,10 @@ class TokenHead:
         return self.after is None and all(each.readings == (_mean_of_patches,) for each in self.branches)
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        """The norms that there are."""
-        return tuple(each for each in (self.before, self.after) if each is not None)
+    def below(self) -> tuple[nn.Module, ...]:
+        """The norms and attention pools that there are."""
+        pools = [reading.pool for each in self.branches for reading in each.readings]
+        return tuple(each for each in (self.before, self.after, *pools) if each is not None)
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
@@ -120,9 +138,9 @@ def token_head(capture: Capture) -> TokenHead:
         capture: after its forward pass, with the state ``out`` of the last block.
 
     Raises:
-        UnsupportedModelError: the head is no linear map of tokens or of their mean, nor the similarity of such a map
-            with texts (attention pools, heads with hidden layers), or its weights are all zero, so that nothing tells
-            what it reads.
+        UnsupportedModelError: the head is no linear map of tokens, their mean or their attention pool, nor the
+            similarity of such a map with texts (heads with hidden layers); or its weights are all zero, so that nothing
+            tells what it reads.
     """
     adapter, tokens = capture.adapter, final_tokens(capture)
     known = _found.get(adapter)
@@ -131,11 +149,18 @@ def token_head(capture: Capture) -> TokenHead:
     if known is not None and _error(known.image_logits(tokens), logits) <= tolerance:
         return known
     outside = _outside(adapter)
-    best, lowest = None, torch.inf
-    for candidate in _candidates(adapter.model, outside, tokens.shape[2], logits.shape[1], prefix):
-        error = _attempt(candidate, tokens, logits)
-        if error < _MUCH_BETTER * lowest:  # among equals the one with fewer parts, which comes first
-            best, lowest = candidate, error
+    width, classes = tokens.shape[2], logits.shape[1]
+    possible = [*outside, *_similarity_heads(adapter.model, outside, width)]
+    heads = [each for each in possible if getattr(each, "out_features", None) == classes]
+    pools = _pools(adapter, outside, tokens)  # which are looked for only where nothing else is the end
+    for branches in (_branches(heads, width, prefix), _pooled_branches(heads, pools, width, prefix)):
+        best, lowest = None, torch.inf
+        for candidate in _candidates(outside, branches, width, prefix):
+            error = _attempt(candidate, tokens, logits)
+            if error < _MUCH_BETTER * lowest:  # among equals the one with fewer parts, which comes first
+                best, lowest = candidate, error
+        if lowest <= tolerance:
+            break
     if best is None or not lowest <= tolerance:
         raise _refusal(adapter)
     weights = [each for head in best.heads for each in head.parameters() if each.ndim > 1]  # none where quantised
@@ -163,8 +188,8 @@ def final_tokens(capture: Capture) -> Tensor:
 def _refusal(adapter: ModelAdapter) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"no final norm and linear head were found in this {type(adapter.model).__name__} that make its logits of the "
-        "last block's CLS token or mean token, so a single patch has no class scores. Methods that need no such head: "
-        "generic_attention, rollout, gradcam"
+        "last block's CLS token, mean token or attention pool, so a single patch has no class scores. Methods that "
+        "need no such head: generic_attention, rollout, gradcam"
     )
 
 
@@ -174,30 +199,58 @@ def _outside(adapter: ModelAdapter) -> list[nn.Module]:
     return [module for module in reversed(list(adapter.model.modules())) if id(module) not in inside]
 
 
-def _candidates(
-    model: nn.Module, outside: list[nn.Module], width: int, classes: int, prefix: int
-) -> Iterator[TokenHead]:
+def _similarity_heads(model: nn.Module, outside: list[nn.Module], width: int) -> list[nn.Module]:
+    """What could be the head of a model of images and texts."""
+    return list(SimilarityHead.of(model, outside, width)) if isinstance(model, ImageTextModel) else []
+
+
+def _pools(adapter: ModelAdapter, outside: list[nn.Module], tokens: Tensor) -> Iterator[nn.Module]:
+    """The modules that make features (B, D) of tokens (B, N, D), such as attention pools, by trying them."""
+    blocks = {id(each.block) for each in adapter.blocks}
+    batch, _, width = tokens.shape
+    for module in outside:
+        inner = {id(each) for each in module.modules()}
+        if len(inner) > 1 and not inner & blocks:
+            try:
+                found = _applied(module, tokens)
+            except Exception:  # it is made for something else
+                continue
+            if isinstance(found, Tensor) and found.shape in ((batch, width), (batch, 1, width)):
+                yield module
+
+
+def _candidates(outside: list[nn.Module], branches: Iterable[Branches], width: int, prefix: int) -> Iterator[TokenHead]:
     """All ends that the modules could form, with few norms first."""
     norms: list[nn.Module | None] = [None, *(each for each in outside if _is_norm(each, width))]
     pairs = [(before, after) for before in norms for after in norms if before is None or before is not after]
-    texts = SimilarityHead.of(model, outside, width) if isinstance(model, ImageTextModel) else ()
-    branches = list(_branches([*outside, *texts], width, classes, prefix))
+    listed = list(branches)
     for before, after in sorted(pairs, key=lambda pair: (pair[1] is not None, pair[0] is not None)):
-        for each in branches:
+        for each in listed:
             yield TokenHead(before, after, each, prefix)
 
 
-def _branches(outside: list[nn.Module], width: int, classes: int, prefix: int) -> Iterator[tuple[Branch, ...]]:
-    heads: list[Any] = [each for each in outside if getattr(each, "out_features", None) == classes]
-    plain = [each for each in heads if getattr(each, "in_features", None) == width]
+def _branches(heads: list[nn.Module], width: int, prefix: int) -> Iterator[Branches]:
+    """Of single tokens and their means."""
+    plain = _of_width(heads, width)
     for head in plain:
         yield from ((Branch(head, (reading,)),) for reading in (_first, _mean_of_patches, _mean_of_all))
     if prefix >= 2:
         for one in plain:
             yield from ((Branch(one, (_first,)), Branch(other, (_second,))) for other in plain if other is not one)
-    for head in heads:
-        if getattr(head, "in_features", None) == 2 * width:
-            yield (Branch(head, (_first, _mean_of_patches)),)
+    for head in _of_width(heads, 2 * width):
+        yield (Branch(head, (_first, _mean_of_patches)),)
+
+
+def _pooled_branches(heads: list[nn.Module], pools: Iterable[nn.Module], width: int, prefix: int) -> Iterator[Branches]:
+    """Of what a pool makes of all tokens, or of the patches."""
+    for pool in pools:
+        for reading in (_mean_of_patches, _mean_of_all) if prefix else (_mean_of_all,):
+            for head in _of_width(heads, width):
+                yield (Branch(head, (replace(reading, pool=pool),)),)
+
+
+def _of_width(heads: list[nn.Module], width: int) -> list[nn.Module]:
+    return [each for each in heads if getattr(each, "in_features", None) == width]
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:

@@ -173,12 +173,12 @@ def final_tokens_and_logits(adapter: ModelAdapter, images: Tensor) -> tuple[Tens
 def parameter_groups(adapter: ModelAdapter, head: TokenHead, settings: PatchMaskSettings) -> list[dict[str, Any]]:
     """Parameters by highest learning rate and weight decay; freezes those below the trained blocks.
 
-    The classifier has `head_rate`; norms behind the blocks and the last block `learning_rate`, each block below
-    `layer_decay` times that of the one above it, and everything else once more.
+    The classifier has `head_rate`; what lies between the blocks and it, and the last block, `learning_rate`, each block
+    below `layer_decay` times that of the one above it, and everything else once more.
     """
     names = {id(parameter): name for name, parameter in adapter.model.named_parameters()}
     spared = undecayed(adapter.model)
-    places: list[tuple[int, list[nn.Module]]] = [(-1, list(head.heads)), (0, list(head.norms))]
+    places: list[tuple[int, list[nn.Module]]] = [(-1, list(head.heads)), (0, list(head.below))]
     places += [(depth, [each.block]) for depth, each in enumerate(reversed(adapter.blocks))]
     places += [(len(adapter.blocks), [adapter.model])]
     frozen_from = settings.trained_blocks or len(adapter.blocks) + 1
